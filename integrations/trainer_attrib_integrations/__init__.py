@@ -1,0 +1,1 @@
+"""Thin shells between the frameworks and the recorder. Import them through ``trainer_attrib.integrations``."""

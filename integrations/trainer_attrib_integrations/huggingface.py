@@ -1,0 +1,213 @@
+"""The callback for ``transformers.Trainer`` and every TRL trainer: begins, names and ends a recording, nothing else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from trainer_attrib.capture.messages import logger
+from trainer_attrib.capture.recorder import Recorder
+from trainer_attrib.errors import MissingExtraError
+from trainer_attrib.ledger.journal import check_place
+from trainer_attrib.types import Layout, SketchConfig
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise MissingExtraError("transformers", "huggingface") from error
+
+from trainer_attrib_integrations.riding_ids import RidingIds
+
+_PAIRED = {"DPOTrainer"}  # trainers whose forward pass concatenates the chosen and the rejected side
+_TEXT_LIMIT = 2000
+
+
+class AttributionCallback(TrainerCallback):
+    """Record a training stage: ``Trainer(..., callbacks=[AttributionCallback("runs/chat", stage="sft")])``.
+
+    Examples are named by ``id_column`` of the trainer's ``train_dataset`` if it has one (it need not survive
+    ``remove_unused_columns`` or the collator), else by a hash of their content.
+
+    Args:
+        ledger: directory or fsspec URL, the same for all stages of a model.
+        stage: name of this stage, new in the ledger. A second ``train()`` on the same trainer becomes ``stage.2``.
+        sketch: how gradients are compressed.
+        snapshots: how many snapshots inside the stage, beside its start and end.
+        strict: raise capture faults; otherwise they are reported once and training goes on.
+        id_column: column with a unique name per example.
+        source_column: column that says where an example comes from.
+
+    Raises:
+        ConfigurationError, StageExistsError, LedgerNotWritableError, LedgerFormatError: at once, not in mid-training.
+    """
+
+    def __init__(
+        self,
+        ledger: str | os.PathLike[str],
+        *,
+        stage: str,
+        sketch: SketchConfig | None = None,
+        snapshots: int = 3,
+        strict: bool = False,
+        id_column: str = "id",
+        source_column: str = "source",
+    ) -> None:
+        check_place(ledger, stage)
+        self._ledger, self._stage, self._attempts = ledger, stage, 0
+        self._options: dict[str, Any] = {"sketch": sketch, "snapshots": snapshots, "strict": strict}
+        self._columns = (id_column, source_column)
+        self._recorder: Recorder | None = None
+        self._ids: RidingIds | None = None
+        self._trainer: Trainer | None = None
+
+    # ---- events -------------------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make sure that a run that breaks off closes the stage: no event says so."""
+        trainer = _calling_trainer(self)
+        if trainer is not None:
+            trainer.train = self._closing_afterwards(trainer.train)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the stage."""
+        self._stop("training was started again")
+        self._attempts += 1
+        self._trainer = _calling_trainer(self)
+        tokenizer = kwargs.get("processing_class")
+        self._recorder = Recorder(
+            self._ledger,
+            stage=self._stage if self._attempts == 1 else f"{self._stage}.{self._attempts}",
+            model=kwargs["model"],
+            optimizer=kwargs["optimizer"],
+            total_steps=state.max_steps,
+            describe=_decoder(tokenizer) if hasattr(tokenizer, "batch_decode") else None,
+            layout=_layout(self._trainer),
+            facts=_facts(args, self._trainer),
+            **self._options,
+        ).start()
+        self._recorder.clip_threshold = args.max_grad_norm or None
+        self._recorder.attempt(lambda: self._arrange(kwargs.get("train_dataloader")))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the recorder the epoch that the next rows belong to."""
+        if self._recorder is not None:
+            self._recorder.epoch = state.epoch
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the stage."""
+        self._leave()
+        if self._recorder is not None:
+            self._recorder.finish()
+
+    # ---- what the events do ---------------------------------------------------------------------------------------
+
+    def _arrange(self, loader: Any) -> None:
+        """Let ids ride along, and name each micro-batch around the trainer's own training step."""
+        if self._trainer is None:
+            logger.warning("the trainer was not found; examples are named by content and losses are not recorded")
+            return
+        named = _columns(self._trainer.train_dataset, *self._columns)
+        if named is not None and loader is not None:
+            ids = RidingIds(loader, *named)
+            if ids.install():
+                self._ids = ids
+            else:
+                logger.warning("column '%s' does not fit the loader's rows; ids are content hashes", self._columns[0])
+        self._trainer.training_step = self._naming(self._trainer.training_step)
+
+    def _naming(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
+        recorder = self._recorder
+        assert recorder is not None
+
+        @functools.wraps(training_step)
+        def named_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            ids, sources = RidingIds.take(inputs)
+            with recorder.batch(ids, sources=sources):
+                loss = training_step(model, inputs, *args, **kwargs)
+            recorder.note_loss(loss)
+            return loss
+
+        return named_step
+
+    def _closing_afterwards(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(train)
+        def closed_train(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            except BaseException as error:
+                self._stop(f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                self._stop("training ended without telling its callbacks")
+
+        return closed_train
+
+    def _stop(self, reason: str) -> None:
+        self._leave()
+        if self._recorder is not None:
+            self._recorder.interrupt(reason)
+
+    def _leave(self) -> None:
+        """Leave the trainer and its loader as they were."""
+        if self._trainer is not None:
+            self._trainer.__dict__.pop("training_step", None)
+        if self._ids is not None:
+            self._ids.remove()
+        self._trainer = self._ids = None
+
+
+def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The trainer whose event is being handled.
+
+    ``transformers`` hands callbacks neither the trainer nor its batches, and asking users to pass it would be a second
+    line in every script. The trainer is the caller, so it is read from the call stack; None if that ever fails.
+    """
+    frame = inspect.currentframe()
+    try:
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+                return owner
+            frame = frame.f_back
+    finally:
+        del frame  # a frame kept in a local variable is a reference cycle
+    return None
+
+
+def _columns(dataset: Any, id_column: str, source_column: str) -> tuple[Sequence[Any], Sequence[Any] | None] | None:
+    names = getattr(dataset, "column_names", None)
+    if not isinstance(names, list) or id_column not in names:
+        return None
+    return list(dataset[id_column]), list(dataset[source_column]) if source_column in names else None
+
+
+def _layout(trainer: Trainer | None) -> Layout:
+    classes = {base.__name__ for base in type(trainer).__mro__}
+    return Layout.PAIRS if classes & _PAIRED else Layout.ROWS
+
+
+def _facts(args: Any, trainer: Trainer | None) -> dict[str, Any]:
+    settings = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+                "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed",
+                "data_seed", "bf16", "fp16", "optim")  # fmt: skip
+    plain = {name: getattr(args, name, None) for name in settings}
+    return {
+        "trainer": type(trainer).__name__ if trainer is not None else None,
+        "settings": {k: v if isinstance(v, int | float | bool | None) else str(v) for k, v in plain.items()},
+    }
+
+
+def _decoder(tokenizer: Any) -> Callable[[Tensor, Tensor | None], list[str]]:
+    """Token rows -> texts, with a tokenizer of its own: a fast tokenizer must not be used from two threads."""
+    own = copy.deepcopy(tokenizer)
+
+    def decode(tokens: Tensor, mask: Tensor | None) -> list[str]:
+        rows = tokens.tolist() if mask is None else [t[m.bool()].tolist() for t, m in zip(tokens, mask, strict=True)]
+        return [text[:_TEXT_LIMIT] for text in own.batch_decode(rows, skip_special_tokens=True)]
+
+    return decode

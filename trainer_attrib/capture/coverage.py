@@ -1,0 +1,110 @@
+"""Which layers were expected to fire, which did, and which weights are captured in full."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer_attrib.capture.window import Window
+from trainer_attrib.numerics.audit import regress
+from trainer_attrib.tap.plan import SketchPlan, WeightPlan, parameters_by_name
+from trainer_attrib.tap.projections import Projections
+
+AUDIT_LIMIT = 1e-2  # float32 leaves about 1e-6, bf16 about 4e-3, a missed contribution 0.1 and more
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The report of the first captured step.
+
+    Args:
+        expected: modules that were hooked.
+        silent: hooked modules without a gradient -> why.
+        partial: weights that another path trains too (audit residual), left out of the rows.
+        uncovered: trainable parameters that no hooked module owns -> why.
+        share: of the trainable parameters' numbers, how much the rows cover.
+    """
+
+    expected: int
+    silent: dict[str, str]
+    partial: dict[str, str]
+    uncovered: dict[str, str]
+    share: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report as a person reads it."""
+        fired = self.expected - len(self.silent)
+        lines = [f"{fired} of {self.expected} layers fired; rows cover {self.share:.1%} of the trainable parameters"]
+        lines += [f"  silent: {name}: {why}" for name, why in self.silent.items()]
+        lines += [f"  left out: {name}: {why}" for name, why in self.partial.items()]
+        kinds: dict[str, int] = {}
+        for why in self.uncovered.values():
+            kinds[why] = kinds.get(why, 0) + 1
+        return lines + [f"  not covered: {count} parameters: {why}" for why, count in kinds.items()]
+
+
+def check_coverage(model: nn.Module, plan: SketchPlan, projections: Projections, window: Window) -> Coverage:
+    """Audit every weight of the first captured step and find the layers that stayed silent."""
+    fired: set[str] = set()
+    skipped: dict[str, str] = {}
+    for micro in window.micro_batches:
+        fired |= micro.record.backwards.keys()
+        skipped |= micro.record.skipped
+    expected = [module for weight in plan.weights for module in weight.modules]
+    silent = {m: skipped.get(m, "no gradient passed through its forward") for m in expected if m not in fired}
+    captured = window.captured()
+    parameters = parameters_by_name(model)
+    partial = {}
+    for weight in plan.weights:
+        why = _why_partial(weight, fired, captured, parameters, projections)
+        if why:
+            partial[weight.name] = why
+    covered = {n for w in plan.weights if w.name not in partial for n in (w.name, w.bias) if n}
+    trainable = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
+    share = sum(trainable.get(name, 0) for name in covered) / max(1, sum(trainable.values()))
+    return Coverage(len(expected), silent, partial, dict(plan.uncovered), share)
+
+
+def keep_columns(plan: SketchPlan, coverage: Coverage, like: Tensor) -> Tensor | None:
+    """1 for the columns of weights captured in full, 0 for the others; None if there are no others."""
+    if not coverage.partial:
+        return None
+    keep = torch.ones(plan.width, dtype=like.dtype, device=like.device)
+    for weight in plan.weights:
+        if weight.name in coverage.partial:
+            keep[weight.span] = 0
+    return keep
+
+
+def audit(
+    weight: WeightPlan, captured: Tensor, parameters: dict[str, nn.Parameter], projections: Projections
+) -> tuple[Tensor, Tensor] | None:
+    """Scale and residual of one weight's gradient against the captured rows; None if the gradient is gone."""
+    gradient = parameters[weight.name].grad
+    bias = parameters[weight.bias].grad if weight.bias else None
+    if gradient is None or gradient.is_sparse or (weight.bias and bias is None):
+        return None
+    return regress(projections.sketch(weight, gradient, bias), captured[weight.span])
+
+
+def _why_partial(
+    weight: WeightPlan,
+    fired: set[str],
+    captured: Tensor | None,
+    parameters: dict[str, nn.Parameter],
+    projections: Projections,
+) -> str:
+    if not fired & set(weight.modules):
+        return "none of its layers fired"
+    audited = None if captured is None else audit(weight, captured, parameters, projections)
+    residual = float("nan") if audited is None else float(audited[1])
+    if residual > AUDIT_LIMIT:
+        return f"its layers explain its gradient only up to a residual of {residual:.2f}"
+    return ""

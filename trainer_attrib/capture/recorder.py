@@ -1,0 +1,352 @@
+"""The recorder: watches one stage of training from inside the process. Every framework callback is a shell around it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer_attrib.capture import coverage as checks
+from trainer_attrib.capture.batch import open_micro_batch, watch_output
+from trainer_attrib.capture.messages import logger, show_messages
+from trainer_attrib.capture.optimizer_tap import OptimizerTap, correction_unavailable, second_moment
+from trainer_attrib.capture.stage_facts import audited_scalars, preflight_lines, stage_facts, step_row
+from trainer_attrib.capture.window import Describe, Known, MicroBatch, RowMaker, Window
+from trainer_attrib.ledger.journal import StageJournal, check_place
+from trainer_attrib.ledger.schema import Block
+from trainer_attrib.ledger.writer import StageWriter
+from trainer_attrib.numerics.second_moment import factor
+from trainer_attrib.tap.module_tap import ModuleTap
+from trainer_attrib.tap.plan import WeightPlan, parameters_by_name, plan_sketch
+from trainer_attrib.tap.projections import Factors, Projections
+from trainer_attrib.types import Correction, Layout, SketchConfig
+
+FIRST_REFRESH, REFRESH_GROWTH = 4, 3  # second moments are refreshed after steps 4, 12, 36, 108, ...
+METERED_STEPS = 10
+
+
+class Recorder:
+    """Records one training stage into a ledger.
+
+    Use it as a context manager around any loop; capture needs no further call, ``batch`` only adds what you know::
+
+        with Recorder("runs/chat", stage="pretrain", model=model, optimizer=optimizer) as recorder:
+            for batch in loader:
+                with recorder.batch(ids=batch["id"]):
+                    loss_of(model, batch).backward()
+                optimizer.step()
+
+    Training is left bit-identical. A fault inside the recorder is reported once, the stage is closed as incomplete and
+    training goes on, unless ``strict``.
+
+    Args:
+        ledger: directory or fsspec URL; created if needed.
+        stage: name of this stage, new in the ledger.
+        model: the model being trained.
+        optimizer: its optimizer; accelerate's wrapper is fine.
+        sketch: how gradients are compressed.
+        snapshots: how many snapshots inside the stage, beside its start and end (needs ``total_steps``).
+        strict: raise capture faults instead of going on without capture.
+        total_steps: optimizer steps of this stage, if known.
+        describe: token rows -> texts, to store what each example says; see :data:`capture.window.Describe`.
+        layout: which rows of a forward pass form one example.
+        facts: anything else to keep in ``stage.json`` (loss, settings), JSON-ready.
+
+    Raises:
+        ConfigurationError, LedgerError, UnsupportedLayerError: only from the constructor and from :meth:`start`,
+            that is before the first step.
+    """
+
+    def __init__(
+        self,
+        ledger: str | os.PathLike[str],
+        *,
+        stage: str,
+        model: nn.Module,
+        optimizer: Any,
+        sketch: SketchConfig | None = None,
+        snapshots: int = 3,
+        strict: bool = False,
+        total_steps: int | None = None,
+        describe: Describe | None = None,
+        layout: Layout = Layout.ROWS,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        self._storage = check_place(ledger, stage)
+        self._model, self._stage, self._strict = model, stage, strict
+        self._sketch = sketch or SketchConfig()
+        self._describe, self._layout, self._facts = describe, layout, dict(facts or {})
+        self._optimizer_tap = OptimizerTap(optimizer, self._after_step)
+        self._plan = plan_sketch(model, self._sketch)
+        self._raw = Projections(self._plan, model)
+        self._tap = ModuleTap(model, self._plan, self._raw, self._fault)
+        self._parameters = parameters_by_name(model)
+        self._snapshot_steps = _spread(snapshots, total_steps)
+        self._window, self._known = Window(), Known()
+        self._rows: RowMaker | None = None
+        self._audited: list[WeightPlan] = []
+        self._corrects = False
+        self._keep: Tensor | None = None
+        self._handles: list[Any] = []
+        self._running, self._explicit = False, False
+        self._began = self._spent = 0.0
+        self._next_refresh = FIRST_REFRESH
+        self.step = 0
+        self.epoch: float | None = None
+        self.clip_threshold: float | None = None
+        self.fault: Exception | None = None
+
+    # ---- life ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Open the stage and attach every hook."""
+        show_messages()
+        optimizer = self.optimizer
+        unavailable = correction_unavailable(optimizer) if self._sketch.correction == Correction.FACTORED else ""
+        self._corrects = self._sketch.correction == Correction.FACTORED and not unavailable
+        trainable = {name for name, p in self._parameters.items() if p.requires_grad}
+        meta = stage_facts(self._model, optimizer, self._plan, self._sketch, trainable, unavailable) | self._facts
+        weights = {name: p.data for name, p in self._parameters.items()}
+        self._journal = StageJournal(self._storage, self._stage, weights, trainable, meta)
+        self._writer = StageWriter(self._storage, f"stages/{self._stage}", self._sketch.dtype)
+        for line in preflight_lines(self._stage, self._plan, self._sketch, self._journal.meta):
+            logger.info(line)
+        self._handles = [
+            self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
+            self._model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+        self._tap.attach()
+        self._optimizer_tap.attach()
+        self._running, self._began = True, time.perf_counter()
+        return self
+
+    def finish(self) -> None:
+        """The stage ran to its end: seal the parts, store the end snapshot."""
+        self._close("complete", "")
+
+    def interrupt(self, reason: str) -> None:
+        """The stage broke off: seal what there is, mark it incomplete."""
+        self._close("incomplete", reason)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self.interrupt(f"{type(error).__name__}: {error}")
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer being watched."""
+        return self._optimizer_tap.optimizer
+
+    # ---- what the training loop may tell --------------------------------------------------------------------------
+
+    @contextmanager
+    def batch(
+        self,
+        ids: Sequence[Any] | Tensor | None = None,
+        *,
+        sources: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None,
+        denominator: float | None = None,
+    ) -> Iterator[None]:
+        """Name the examples of the forward passes inside the block.
+
+        Args:
+            ids: one per example; otherwise the content's hash is the id.
+            sources: where each example comes from.
+            texts: what each example says.
+            denominator: by how much the loss divides each example's own loss, where it cannot be measured.
+        """
+        listed = ids.tolist() if isinstance(ids, Tensor) else ids
+        self._known, self._explicit = Known(listed, sources, texts, denominator), True
+        try:
+            yield
+        finally:
+            self._known, self._explicit = Known(), False
+
+    def note_loss(self, loss: Any) -> None:
+        """Add a micro-batch's loss, as backpropagated, to the current step's."""
+        if self._running and isinstance(loss, Tensor):
+            self._window.losses.append(loss.detach())
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Run recording work that must not end training: a fault in it is handled like any capture fault."""
+        try:
+            work()
+        except Exception as fault:
+            self._fault(fault)
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return  # evaluation, generation, a reference model's pass
+        self._tap.record = None
+        captures = self.step % self._sketch.every_n_steps == 0
+        if self._running and captures and (module.training or self._explicit):
+            self.attempt(lambda: self._open(args, kwargs))
+
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep = self._describe is not None and self._known.texts is None
+        micro = open_micro_batch(self._tap, args, kwargs, self._known, self._layout, keep_inputs=keep)
+        if micro is not None:
+            self._window.add(micro)
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        record = self._tap.record
+        if record is None or not torch.is_grad_enabled() or not self._running:
+            return
+        micro = self._window.micro_batches[-1] if self._window.micro_batches else None
+        if micro is not None and micro.record is record:
+            self.attempt(lambda: watch_output(micro, kwargs, output))
+
+    def _after_step(self) -> None:
+        if self._running:
+            began = time.perf_counter()
+            self.attempt(self._close_window)
+            self._meter(began)
+
+    def _close_window(self) -> None:
+        self.step += 1
+        window, self._window = self._window, Window()
+        captured = window.captured()
+        trained = [micro for micro in window.micro_batches if micro.trained]
+        if captured is not None and self._rows is None:
+            self._check_coverage(window, captured)
+        row = step_row(self, len(trained), self._tap.projections.version)
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None and not p.grad.is_sparse]
+        scalars = audited_scalars(gradients, window.losses, self._audit(captured, row))
+        projected = torch.cat([self._project(w).flatten() for w in self._plan.weights])
+        self._writer.put(lambda: self._make_block(row, scalars, projected, trained))
+        if self._corrects and self.step >= self._next_refresh:
+            self._refresh()
+        if self.step in self._snapshot_steps:
+            self._journal.snapshot(f"mid-{self._snapshot_steps.index(self.step) + 1}", self.step, self._weights())
+
+    # ---- parts of a step ------------------------------------------------------------------------------------------
+
+    def _make_block(
+        self, row: dict[str, Any], scalars: dict[str, Tensor], projected: Tensor, trained: list[MicroBatch]
+    ) -> Block:
+        """Runs on the writer's thread: the only place that waits for the device."""
+        row |= {name: float(value) for name, value in scalars.items()}
+        row["projected_weights"] = projected.float().cpu().numpy().tobytes()
+        if row.get("audit_residual", 0.0) > checks.AUDIT_LIMIT:
+            logger.warning(
+                "step %d: the captured rows explain the gradient of %s only up to a residual of %.3f. Likely causes: "
+                "the weight is also used outside its layer, or gradients were changed before the optimizer step.",
+                row["step"], row["audit_weight"], row["audit_residual"],
+            )  # fmt: skip
+        return self._rows.block(row, trained, self._keep) if self._rows else Block(row | {"rows": 0})
+
+    def _check_coverage(self, window: Window, captured: Tensor) -> None:
+        report = checks.check_coverage(self._model, self._plan, self._tap.projections, window)
+        self._keep = checks.keep_columns(self._plan, report, captured)
+        self._audited = [w for w in self._plan.weights if w.name not in report.partial]
+        self._rows = RowMaker(report.expected - len(report.silent), self._sketch.dtype, self._describe)
+        self._journal.update(coverage=report.to_dict())
+        for line in report.lines():
+            logger.info("stage '%s': %s", self._stage, line)
+
+    def _audit(self, captured: Tensor | None, row: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Audit one weight per step, in turn."""
+        if captured is None or not self._audited:
+            return None
+        weight = self._audited[self.step % len(self._audited)]
+        row["audit_weight"] = weight.name
+        return checks.audit(weight, captured, self._parameters, self._tap.projections)
+
+    def _project(self, weight: WeightPlan) -> Tensor:
+        bias = self._parameters[weight.bias].data if weight.bias else None
+        return self._raw.sketch(weight, self._parameters[weight.name].data, bias)
+
+    def _refresh(self) -> None:
+        """Fold the current second moments into the projections that the next steps are sketched with."""
+        self._next_refresh *= REFRESH_GROWTH
+        factors: Factors = {}
+        for weight in self._plan.weights:
+            moments = [self._moment(name) for name in (weight.name, weight.bias) if name]
+            if all(moment is not None for moment in moments):
+                factors[weight.name] = factor(_extend(moments, weight.bias_axis))
+        version = self._journal.second_moment(self.step, factors)
+        self._tap.projections = Projections(self._plan, self._model, factors, version)
+
+    def _moment(self, name: str) -> Tensor | None:
+        return second_moment(self.optimizer, self._parameters[name])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: parameter.data for name, parameter in self._parameters.items()}
+
+    def _meter(self, began: float) -> None:
+        """Measure the recorder's share of the first steps, and say it once."""
+        now = time.perf_counter()
+        self._spent += now - began
+        if self.step == 1:
+            self._began, self._spent, self._tap.seconds = now, 0.0, 0.0  # the first step pays for set-up
+        elif self.step == METERED_STEPS:
+            own = self._spent + self._tap.seconds
+            share = own / max(now - self._began - own, 1e-9)
+            self._journal.update(overhead={"share": share, "steps": METERED_STEPS - 1})
+            logger.info("stage '%s': capture took %.1f%% of the first steps' time", self._stage, 100 * share)
+
+    # ---- faults ---------------------------------------------------------------------------------------------------
+
+    def _fault(self, fault: Exception) -> None:
+        """Report once, stop capturing, let training go on (or raise, if strict)."""
+        if not self._running:
+            return
+        self.fault = fault
+        self.interrupt(f"capture fault: {type(fault).__name__}: {fault}")
+        if self._strict:
+            raise fault
+        logger.warning(
+            "stage '%s': capture stopped at step %d and training goes on. %s: %s. What was sealed is kept; the stage "
+            "is marked incomplete. Pass strict=True to raise instead.",
+            self._stage, self.step, type(fault).__name__, fault,
+        )  # fmt: skip
+
+    def _detach(self) -> None:
+        self._running = False
+        self._tap.detach()
+        self._optimizer_tap.detach()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _close(self, status: str, reason: str) -> None:
+        if not self._running:
+            return
+        self._detach()
+        try:
+            self._writer.close()
+            self._journal.end(status, reason, self.step, self._weights() if status == "complete" else None)
+        except Exception as fault:
+            self.fault = fault
+            if self._strict:
+                raise
+            logger.warning("stage '%s' could not be closed: %s", self._stage, fault)
+
+
+def _spread(count: int, total: int | None) -> list[int]:
+    """Steps of the snapshots inside a stage, evenly spaced; none if its length is unknown."""
+    if not total:
+        return []
+    steps = [round(total * (k + 1) / (count + 1)) for k in range(count)]
+    return sorted({step for step in steps if 0 < step < total})
+
+
+def _extend(moments: list[Any], bias_axis: int) -> Tensor:
+    """The weight's second moment with its bias's appended, as the sketch sees them."""
+    if len(moments) == 1:
+        return moments[0]
+    weight, bias = moments
+    return torch.cat([weight, bias.unsqueeze(bias_axis)], dim=bias_axis)

@@ -1,0 +1,110 @@
+"""The facts written beside the rows: of a stage, before it starts, and of each step."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer_attrib.capture.optimizer_tap import describe_optimizer, group_settings
+from trainer_attrib.tap.plan import SketchPlan, parameters_by_name
+from trainer_attrib.types import SketchConfig
+from trainer_attrib.version import __version__
+
+if TYPE_CHECKING:
+    from trainer_attrib.capture.recorder import Recorder
+
+_FRAMEWORKS = ("torch", "transformers", "accelerate", "trl", "peft", "lightning", "pytorch-lightning", "datasets")
+
+
+def stage_facts(
+    model: nn.Module,
+    optimizer: Optimizer,
+    plan: SketchPlan,
+    sketch: SketchConfig,
+    trainable: set[str],
+    correction_unavailable: str,
+) -> dict[str, Any]:
+    """What ``stage.json`` says from the start."""
+    names = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
+    return {
+        "model": type(model).__name__,
+        "trainable": sorted(trainable),
+        "optimizer": describe_optimizer(optimizer, names),
+        "sketch": sketch.to_dict(),
+        "correction_unavailable": correction_unavailable,
+        "plan": plan.to_dict(),
+        "width": plan.width,
+        "coverage": None,
+        "overhead": None,
+        "versions_of": _software(),
+    }
+
+
+def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: dict[str, Any]) -> list[str]:
+    """What recording will cost, said before the first step."""
+    width = 2 if sketch.dtype == "float16" else 4
+    parent = f"continues '{meta['parent']}'" if meta["parent"] else "no parent: starts from weights not recorded here"
+    lines = [
+        f"stage '{stage}' ({parent}): {len(plan.weights)} weights in {sum(len(w.modules) for w in plan.weights)} "
+        f"layers, {plan.width * width / 1024:.1f} KiB per example, expected overhead at least "
+        f"{100 * flop_share(plan) / sketch.every_n_steps:.1f}% of the matrix products"
+    ]
+    if meta["correction_unavailable"]:
+        lines.append(f"stage '{stage}': correction unavailable: {meta['correction_unavailable']}")
+    return lines
+
+
+def flop_share(plan: SketchPlan) -> float:
+    """Lower bound of the overhead: FLOPs of the sketches over those of the captured layers' forward and backward.
+
+    Per token, sketching a weight costs 2K(R + C) + 2K^2 and training it 6RC (one product forward, two backward).
+    """
+    uses = [(w, len(w.modules)) for w in plan.weights]
+    sketching = sum(n * (2 * w.left * w.rows + 2 * w.right * w.columns + 2 * w.size) for w, n in uses)
+    return sketching / sum(n * 6 * w.rows * w.columns for w, n in uses)
+
+
+def step_row(recorder: Recorder, micro_batches: int, version: int) -> dict[str, Any]:
+    """One row of the steps table, as far as it is known without waiting for the device."""
+    groups = group_settings(recorder.optimizer)
+    return {
+        "step": recorder.step,
+        "epoch": recorder.epoch,
+        "micro_batches": micro_batches,
+        "captured": micro_batches > 0,
+        "learning_rate": [g.learning_rate for g in groups],
+        "weight_decay": [g.weight_decay for g in groups],
+        "beta1": [g.beta1 for g in groups],
+        "beta2": [g.beta2 for g in groups],
+        "clip_threshold": recorder.clip_threshold,
+        "version": version,
+    }
+
+
+def audited_scalars(
+    gradients: list[Tensor], losses: list[Tensor], audited: tuple[Tensor, Tensor] | None
+) -> dict[str, Tensor]:
+    """The step's numbers that live on the device."""
+    scalars = {}
+    if gradients:
+        scalars["gradient_norm"] = torch.stack(torch._foreach_norm(gradients)).norm()
+    if losses:
+        scalars["loss"] = torch.stack([loss.float() for loss in losses]).sum()
+    if audited is not None:
+        scalars["audit_scale"], scalars["audit_residual"] = audited
+    return scalars
+
+
+def _software() -> dict[str, str]:
+    found = {"trainer-attrib": __version__, "python": platform.python_version()}
+    for name in _FRAMEWORKS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,164 @@
+"""The micro-batches between two optimizer steps, and the ledger block they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer_attrib.capture.denominator import DenominatorProbe
+from trainer_attrib.capture.example_ids import id_strings
+from trainer_attrib.ledger.schema import Block
+from trainer_attrib.numerics.sketching import unit_rows
+from trainer_attrib.tap.module_tap import Record
+
+Describe = Callable[[Tensor, Tensor | None], Sequence[str]]
+"""(token rows [R, S], mask [R, S] or None) -> the text of each row."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the caller knows of a micro-batch's examples; whatever is None is derived from the batch itself."""
+
+    ids: Sequence[str] | None = None
+    sources: Sequence[str] | None = None
+    texts: Sequence[str] | None = None
+    denominator: float | None = None
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass that training will backpropagate."""
+
+    record: Record
+    known: Known
+    hashes: Tensor
+    tokens: Tensor | None = None  # target tokens per row
+    inputs: Tensor | None = None  # token rows, kept for their text
+    mask: Tensor | None = None
+    declared: Any = None  # num_items_in_batch as the model received it
+    probe: DenominatorProbe | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether a backward pass reached any captured layer."""
+        return bool(self.record.backwards)
+
+
+@dataclass
+class Window:
+    """Everything between two executed updates."""
+
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+    def add(self, micro_batch: MicroBatch) -> None:
+        """Append; forwards that nothing backpropagated are forgotten once they pile up."""
+        if len(self.micro_batches) >= 64:
+            self.micro_batches = [m for m in self.micro_batches if m.trained]
+        self.micro_batches.append(micro_batch)
+
+    def captured(self) -> Tensor | None:
+        """Sum of all row sketches [width], or None if nothing was captured."""
+        sums = [m.record.sketches.sum(0) for m in self.micro_batches if m.trained]
+        return torch.stack(sums).sum(0) if sums else None
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """Turns micro-batches into ledger rows on the writer's thread; remembers which examples were described."""
+
+    expected: int  # modules that fire in a complete pass
+    dtype: str
+    describe: Describe | None
+    seen: set[str] = field(default_factory=set)
+
+    def block(self, step: dict[str, Any], micro_batches: list[MicroBatch], keep: Tensor | None) -> Block:
+        """The block of one step; ``keep`` [width] zeroes the columns of weights that cannot be captured in full."""
+        block, sketches = Block(step), []
+        for index, micro in enumerate(micro_batches):
+            rows, sketch = self._rows(step, micro, index, len(micro_batches), keep)
+            block.rows += rows
+            block.examples += self._examples(micro, [row["example"] for row in rows])
+            sketches.append(sketch)
+        if sketches:
+            block.sketches = np.concatenate(sketches)
+        step["rows"] = len(block.rows)
+        return block
+
+    def _rows(
+        self, step: dict[str, Any], micro: MicroBatch, index: int, window: int, keep: Tensor | None
+    ) -> tuple[list[dict[str, Any]], np.ndarray]:
+        sketches = micro.record.sketches if keep is None else micro.record.sketches * keep
+        unit, norms = unit_rows(sketches)
+        denominator, source = measured_denominator(micro, window)
+        tokens = None if micro.tokens is None else _per_example(micro.tokens, micro.record.examples).tolist()
+        shared = {
+            "step": step["step"],
+            "epoch": step["epoch"],
+            "micro_batch": index,
+            "denominator": denominator,
+            "denominator_source": source,
+            "version": step["version"],
+            "complete": len(micro.record.backwards) >= self.expected,
+        }
+        own = zip(_ids(micro), norms.tolist(), strict=True)
+        rows = [
+            {"example": i, "row": r, "norm": n * denominator, "tokens": tokens and tokens[r], **shared}
+            for r, (i, n) in enumerate(own)
+        ]
+        return rows, unit.cpu().numpy().astype(self.dtype)
+
+    def _examples(self, micro: MicroBatch, ids: list[str]) -> list[dict[str, Any]]:
+        fresh = {i: row for row, i in enumerate(ids) if i not in self.seen}
+        if not fresh:
+            return []
+        self.seen.update(fresh)
+        texts = self._texts(micro, list(fresh.values()))
+        sources = micro.known.sources
+        return [
+            {"example": i, "source": sources[row] if sources else None, "text": text}
+            for (i, row), text in zip(fresh.items(), texts, strict=True)
+        ]
+
+    def _texts(self, micro: MicroBatch, rows: list[int]) -> Sequence[str | None]:
+        if micro.known.texts is not None:
+            return [micro.known.texts[row] for row in rows]
+        if self.describe is None or micro.inputs is None:
+            return [None] * len(rows)
+        sides = [[row + k * micro.record.examples for row in rows] for k in range(_rows_each(micro))]
+        mask = micro.mask
+        described = [self.describe(micro.inputs[side], None if mask is None else mask[side]) for side in sides]
+        return ["\n— preferred to —\n".join(parts) for parts in zip(*described, strict=True)]
+
+
+def measured_denominator(micro: MicroBatch, window: int) -> tuple[float, str]:
+    """What each example's loss was divided by, and how that is known.
+
+    Measured from the gradient where the loss is a cross entropy, else given by the caller, else the count the model
+    was called with, else assumed: a mean over the micro-batch's examples, averaged over the window.
+    """
+    measured = micro.probe.result() if micro.probe is not None else None
+    if measured is not None:
+        return measured, "measured"
+    if micro.known.denominator is not None:
+        return float(micro.known.denominator), "given"
+    if micro.declared is not None:
+        return float(micro.declared), "num_items_in_batch"
+    return float(micro.record.examples * window), "assumed mean"
+
+
+def _ids(micro: MicroBatch) -> list[str]:
+    return id_strings(micro.hashes) if micro.known.ids is None else [str(i) for i in micro.known.ids]
+
+
+def _rows_each(micro: MicroBatch) -> int:
+    return max(1, micro.record.rows // micro.record.examples)
+
+
+def _per_example(per_row: Tensor, examples: int) -> Tensor:
+    return per_row.reshape(-1, examples).sum(0)

@@ -1,0 +1,232 @@
+"""Reading a ledger: the tree of stages, and streams over their sealed parts."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from trainer_attrib.errors import CorruptPartError, LedgerFormatError, LedgerNotFoundError, StageNotFoundError
+from trainer_attrib.ledger.schema import EXAMPLES, STEPS, check_format
+from trainer_attrib.ledger.snapshots import load_tensors
+from trainer_attrib.ledger.storage import Storage, digest
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Example rows of one part: their table and unit-norm sketches [N, width], row i of one is row i of the other."""
+
+    table: pa.Table
+    sketches: np.ndarray
+
+
+class StageReader:
+    """One recorded stage. Only sealed parts are seen, so a stage can be read while it is being recorded."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.name, self._storage, self._folder = name, storage, f"stages/{name}"
+        self.meta = storage.read_json(f"{self._folder}/stage.json")
+        check_format(self.meta, storage.path(f"{self._folder}/stage.json"))
+
+    @property
+    def parent(self) -> str | None:
+        """Name of the stage that this one continued, found by the hash of its starting weights."""
+        return self.meta["parent"]
+
+    @property
+    def width(self) -> int:
+        """Numbers per example row."""
+        return int(self.meta["width"])
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Manifest entries of all sealed parts of all ranks."""
+        names = [n for n in self._storage.names(self._folder) if n.startswith("manifest-") and n.endswith(".json")]
+        manifests = [self._storage.read_json(f"{self._folder}/{name}") for name in names]
+        for manifest, name in zip(manifests, names, strict=True):
+            check_format(manifest, self._storage.path(f"{self._folder}/{name}"))
+        return [part for manifest in manifests for part in manifest["parts"]]
+
+    def count(self, kind: str) -> int:
+        """Number of sealed ``"rows"``, ``"steps"`` or ``"examples"``."""
+        return sum(part[kind] for part in self.parts())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the sealed parts and of the snapshots stored in this stage."""
+        own = [f"snapshots/{s['name']}.safetensors" for s in self.meta["snapshots"] if not s.get("stored_in")]
+        parts = sum(entry["bytes"] for part in self.parts() for entry in part["files"].values())
+        return parts + sum(self._storage.size(f"{self._folder}/{name}") for name in own)
+
+    def rows(self) -> Iterator[RowBlock]:
+        """Example rows, part by part.
+
+        Raises:
+            CorruptPartError: a file does not have the length its manifest says.
+        """
+        dtype = self.meta["sketch"]["dtype"]
+        for part in self.parts():
+            if part["rows"]:
+                names = {name.rsplit(".", 1)[-1]: name for name in part["files"] if name.startswith("rows/")}
+                table = self._table(part, names.pop("parquet"))
+                raw = names.popitem()[1]
+                self._check_length(part, raw)
+                if part["files"][raw]["bytes"] != part["rows"] * self.width * np.dtype(dtype).itemsize:
+                    raise self._corrupt(raw, f"its length does not fit {part['rows']} rows of {self.width} {dtype}")
+                yield RowBlock(table, self._storage.array(f"{self._folder}/{raw}", dtype, self.width))
+
+    def steps(self) -> pa.Table:
+        """All recorded optimizer steps, in order."""
+        return self._all("steps", STEPS).sort_by("step")
+
+    def examples(self) -> pa.Table:
+        """Every example seen in this stage once: example, source, text."""
+        return self._all("examples", EXAMPLES)
+
+    def snapshot(self, name: str) -> dict[str, Tensor]:
+        """Trainable weights at ``"start"``, ``"end"`` or inside the stage.
+
+        Raises:
+            StageNotFoundError: no such snapshot, for instance the end of an interrupted stage.
+        """
+        for entry in self.meta["snapshots"]:
+            if entry["name"] == name:
+                folder, stored = entry.get("stored_in") or (self.name, name)
+                return load_tensors(self._storage, f"stages/{folder}/snapshots/{stored}.safetensors")
+        raise StageNotFoundError(
+            f"Stage '{self.name}' has no snapshot '{name}', only {[s['name'] for s in self.meta['snapshots']]}.",
+            cause=f"the stage's status is '{self.meta['status']}'.",
+            fix="use a recorded snapshot, or record the stage again under a new name.",
+        )
+
+    def factors(self, version: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Row and column means of the second moments of one version, by weight name; empty for version 0."""
+        if version == 0:
+            return {}
+        flat = load_tensors(self._storage, f"{self._folder}/second_moment/version-{version:04d}.safetensors")
+        return {k[: -len(".rows")]: (flat[k], flat[k[: -len("rows")] + "columns"]) for k in flat if k.endswith(".rows")}
+
+    def problems(self) -> list[str]:
+        """Everything wrong with the sealed files: lengths, checksums, missing snapshots. Empty means sound."""
+        found = []
+        for part in self.parts():
+            for name, entry in part["files"].items():
+                path = f"{self._folder}/{name}"
+                if not self._storage.exists(path):
+                    found.append(f"{self.name}: {name} is missing")
+                elif self._storage.size(path) != entry["bytes"]:
+                    found.append(f"{self.name}: {name} has {self._storage.size(path)} bytes, sealed {entry['bytes']}")
+                elif digest(self._storage.read(path)) != entry["blake2b"]:
+                    found.append(f"{self.name}: {name} has another checksum than when it was sealed")
+        for entry in self.meta["snapshots"]:
+            folder, stored = entry.get("stored_in") or (self.name, entry["name"])
+            if not self._storage.exists(f"stages/{folder}/snapshots/{stored}.safetensors"):
+                found.append(f"{self.name}: snapshot {entry['name']} is missing")
+        return found
+
+    def _all(self, kind: str, schema: pa.Schema) -> pa.Table:
+        tables = [
+            self._table(part, name)
+            for part in self.parts()
+            for name in part["files"]
+            if name.startswith(f"{kind}/") and name.endswith(".parquet")
+        ]
+        return pa.concat_tables(tables) if tables else schema.empty_table()
+
+    def _table(self, part: dict[str, Any], name: str) -> pa.Table:
+        self._check_length(part, name)
+        try:
+            return pq.read_table(io.BytesIO(self._storage.read(f"{self._folder}/{name}")))
+        except pa.ArrowException as error:
+            raise self._corrupt(name, f"Parquet says: {error}") from None
+
+    def _check_length(self, part: dict[str, Any], name: str) -> None:
+        size, sealed = self._storage.size(f"{self._folder}/{name}"), part["files"][name]["bytes"]
+        if size != sealed:
+            raise self._corrupt(name, f"it has {size} bytes, {sealed} were sealed")
+
+    def _corrupt(self, name: str, why: str) -> CorruptPartError:
+        return CorruptPartError(
+            f"{self._storage.path(f'{self._folder}/{name}')} is corrupt: {why}.",
+            cause="the file was truncated or changed after it was sealed.",
+            fix="run `trainer-attrib verify` for the whole list, then restore this file; other parts are intact.",
+        )
+
+
+class Ledger:
+    """The stages recorded under one directory or URL.
+
+    Raises:
+        LedgerNotFoundError: nothing is recorded there.
+        LedgerFormatError: it was written by a newer version.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.storage = Storage(url)
+        if not self.storage.exists("ledger.json"):
+            raise LedgerNotFoundError(
+                f"No ledger at {self.storage.url} (there is no ledger.json).",
+                cause="the path is wrong, or no stage has been recorded there yet.",
+                fix="pass the directory that was given to the callback.",
+            )
+        self.meta = self.storage.read_json("ledger.json")
+        check_format(self.meta, self.storage.path("ledger.json"))
+
+    def stage(self, name: str) -> StageReader:
+        """One stage by name.
+
+        Raises:
+            StageNotFoundError: it was not recorded here.
+        """
+        if name not in self.storage.names("stages"):
+            raise StageNotFoundError(
+                f"No stage '{name}' in {self.storage.url}; recorded are {self.storage.names('stages')}.",
+                fix="use one of the recorded names.",
+            )
+        return StageReader(self.storage, name)
+
+    def stages(self) -> list[StageReader]:
+        """All stages, parents before children, then by the time they began."""
+        found = {name: StageReader(self.storage, name) for name in self.storage.names("stages")}
+        ordered = sorted(found.values(), key=lambda stage: (self._depth(stage, found), stage.meta["began"]))
+        return ordered
+
+    def lineage(self, weights: str | None = None) -> list[StageReader]:
+        """Stages that led to the weights with this hash, first to last; without a hash, to the stage begun last.
+
+        Raises:
+            StageNotFoundError: no stage ended with these weights.
+        """
+        stages = {stage.name: stage for stage in self.stages()}
+        ended = [s for s in stages.values() if s.meta["weights"].get("end")]
+        matches = [s for s in ended if weights in (None, s.meta["weights"]["end"])]
+        if not matches:
+            raise StageNotFoundError(
+                f"No stage of {self.storage.url} ended with these weights; finished stages: {[s.name for s in ended]}.",
+                cause="the model was trained further, saved in another precision, or is not the recorded one.",
+                fix="load the weights with which the last recorded stage ended.",
+            )
+        chain = [max(matches, key=lambda s: s.meta["began"])]
+        while (parent := chain[-1].parent) is not None:
+            chain.append(stages[parent])
+        return chain[::-1]
+
+    def _depth(self, stage: StageReader, stages: dict[str, StageReader]) -> int:
+        depth, seen = 0, {stage.name}
+        while stage.parent is not None:
+            if stage.parent not in stages or stage.parent in seen:
+                raise LedgerFormatError(
+                    f"Stage '{stage.name}' names parent '{stage.parent}', which is missing or its own descendant.",
+                    cause="a stage's folder was removed or edited by hand.",
+                    fix="restore the folder of the parent stage.",
+                )
+            stage = stages[stage.parent]
+            seen.add(stage.name)
+            depth += 1
+        return depth

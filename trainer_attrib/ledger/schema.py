@@ -1,0 +1,106 @@
+"""Names, tables and version of the on-disk format."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from trainer_attrib.errors import ConfigurationError, LedgerFormatError
+
+FORMAT = 1
+
+ROWS = pa.schema(
+    [
+        ("example", pa.string()),
+        ("step", pa.int64()),  # executed optimizer update that the row took part in, counted from 1
+        ("micro_batch", pa.int32()),
+        ("row", pa.int32()),  # position in the micro-batch
+        ("epoch", pa.float32()),
+        ("tokens", pa.int32()),  # target tokens, null where unknown
+        ("norm", pa.float32()),  # of the example's own loss gradient: what the backward gave times the denominator
+        ("denominator", pa.float32()),
+        ("denominator_source", pa.string()),
+        ("version", pa.int16()),  # second moment that scaled the row; 0 is a raw row
+        ("complete", pa.bool_()),  # every expected layer fired
+    ]
+)
+
+STEPS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("epoch", pa.float32()),
+        ("micro_batches", pa.int32()),
+        ("rows", pa.int32()),
+        ("captured", pa.bool_()),
+        ("loss", pa.float64()),
+        ("learning_rate", pa.list_(pa.float64())),  # per parameter group, like the next three
+        ("weight_decay", pa.list_(pa.float64())),
+        ("beta1", pa.list_(pa.float64())),  # momentum for SGD
+        ("beta2", pa.list_(pa.float64())),
+        ("gradient_norm", pa.float64()),  # of the gradient the optimizer used, after clipping
+        ("clip_threshold", pa.float64()),
+        ("audit_weight", pa.string()),
+        ("audit_scale", pa.float64()),
+        ("audit_residual", pa.float64()),
+        ("version", pa.int16()),
+        ("projected_weights", pa.binary()),  # float32, the row layout; differences are the executed update
+    ]
+)
+
+EXAMPLES = pa.schema([("example", pa.string()), ("source", pa.string()), ("text", pa.string())])
+
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass
+class Block:
+    """What one optimizer step adds to a stage, on the CPU: a step row, its example rows, newly seen examples."""
+
+    step: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    sketches: np.ndarray | None = None  # [len(rows), width], unit norm
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def check_stage_name(name: str) -> str:
+    """The name, if it can be a folder everywhere.
+
+    Raises:
+        ConfigurationError: it is empty, too long or could leave the ledger's directory.
+    """
+    if not isinstance(name, str) or not _STAGE_NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"stage={name!r} is not a stage name.",
+            cause="a stage name becomes a folder: letters, digits, '.', '_' and '-', starting with a letter or digit.",
+            fix="rename the stage, for instance 'pretrain' or 'sft-2'.",
+        )
+    return name
+
+
+def check_format(data: dict[str, Any], where: str) -> None:
+    """Refuse files of a newer format.
+
+    Raises:
+        LedgerFormatError: the format is missing or newer than this library reads.
+    """
+    found = data.get("format")
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise LedgerFormatError(
+            f"{where} has format {found!r}, this version reads formats 1 to {FORMAT}.",
+            cause="it was written by a newer trainer-attrib." if isinstance(found, int) else "it is not a ledger.",
+            fix="pip install --upgrade trainer-attrib",
+        )
+
+
+def part_name(kind: str, rank: int, part: int, suffix: str) -> str:
+    """Relative name of a part's file inside its stage."""
+    return f"{kind}/part-{rank:04d}-{part:06d}.{suffix}"
+
+
+def manifest_name(rank: int) -> str:
+    """Each writer has a manifest of its own, so that ranks never coordinate."""
+    return f"manifest-{rank:04d}.json"

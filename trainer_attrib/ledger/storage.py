@@ -1,0 +1,165 @@
+"""Files under one root, local or any fsspec URL: atomic writes, checked reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from trainer_attrib.errors import LedgerError, LedgerFormatError, LedgerNotFoundError, LedgerNotWritableError
+
+
+class Storage:
+    """A directory or object-store prefix. Relative names use ``/``."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(url)
+        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        self.local = isinstance(self._fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """Full path of a relative name, as the file system wants it."""
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+    def exists(self, name: str) -> bool:
+        """Whether the file or folder is there."""
+        return bool(self._fs.exists(self.path(name)))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; 0 if it is missing."""
+        return int(self._fs.size(self.path(name))) if self.exists(name) else 0
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted base names inside a folder; empty if it does not exist."""
+        if not self.exists(folder):
+            return []
+        self._fs.invalidate_cache()
+        found = (str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(self.path(folder), detail=False))
+        return sorted(name for name in found if not name.startswith("."))
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file.
+
+        Raises:
+            LedgerNotFoundError: there is no such file.
+        """
+        try:
+            return self._fs.cat_file(self.path(name))
+        except FileNotFoundError:
+            raise LedgerNotFoundError(
+                f"{self.path(name)} does not exist.", fix="run `trainer-attrib verify` to see what else is missing."
+            ) from None
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object.
+
+        Raises:
+            LedgerFormatError: it is not JSON, or not an object.
+        """
+        try:
+            data = json.loads(self.read(name))
+        except ValueError as error:
+            raise LedgerFormatError(
+                f"{self.path(name)} is not valid JSON: {error}.",
+                cause="it was edited or damaged; this library writes it atomically.",
+                fix="restore the file from a backup.",
+            ) from None
+        if not isinstance(data, dict):
+            raise LedgerFormatError(f"{self.path(name)} holds {type(data).__name__}, expected a JSON object.")
+        return data
+
+    def array(self, name: str, dtype: str, width: int) -> np.ndarray:
+        """Raw rows as [N, width], memory-mapped where the file is local."""
+        if self.local:
+            flat = np.memmap(self.path(name), dtype=dtype, mode="r") if self.size(name) else np.empty(0, dtype)
+        else:
+            flat = np.frombuffer(self.read(name), dtype)
+        return flat.reshape(-1, width)
+
+    def create_folder(self, name: str) -> bool:
+        """Make a folder; False if it was there already (atomic on a local disk).
+
+        Raises:
+            LedgerNotWritableError: it cannot be made.
+        """
+        with self._writing(name):
+            if not self.local:
+                return not self.exists(name)
+            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.mkdir(self.path(name))
+            except FileExistsError:
+                return False
+            return True
+
+    def write(self, name: str, data: bytes) -> dict[str, Any]:
+        """Write a file atomically; returns its manifest entry."""
+        with self.replacing(name) as path:
+            path.write_bytes(data)
+        return {"bytes": len(data), "blake2b": digest(data)}
+
+    def write_json(self, name: str, data: dict[str, Any]) -> None:
+        """Write a JSON object atomically."""
+        self.write(name, json.dumps(data, indent=1, allow_nan=False).encode())
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A temporary path whose content replaces ``name`` as a whole, durably, when the block ends without an error.
+
+        Raises:
+            LedgerNotWritableError: the place cannot be written.
+        """
+        with self._writing(name):
+            folder = Path(self.path(name)).parent if self.local else Path(tempfile.gettempdir())
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=folder)
+            os.close(handle)
+            try:
+                yield Path(temporary)
+                self._publish(temporary, name, folder)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+
+    def _publish(self, temporary: str, name: str, folder: Path) -> None:
+        if not self.local:
+            self._fs.put_file(temporary, self.path(name))
+            return
+        os.chmod(temporary, 0o644)
+        _sync(temporary)
+        os.replace(temporary, self.path(name))
+        _sync(str(folder))
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except LedgerError:
+            raise
+        except OSError as error:
+            raise LedgerNotWritableError(
+                f"Cannot write {self.path(name)}: {error.strerror or error}.",
+                cause="the directory is read-only or belongs to another user, a file stands in its place, or the disk is full.",
+                fix="choose another ledger directory, or change this one's permissions; what was sealed before is intact.",
+            ) from None
+
+
+def digest(data: bytes) -> str:
+    """Checksum used in manifests."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""A background thread that turns optimizer steps into sealed, immutable parts."""
+
+from __future__ import annotations
+
+import io
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer_attrib.ledger.schema import EXAMPLES, FORMAT, ROWS, STEPS, Block, manifest_name, part_name
+from trainer_attrib.ledger.storage import Storage
+
+ROLL_BYTES = 32 << 20
+ROLL_SECONDS = 60.0
+QUEUED_STEPS = 64
+
+_SUFFIX = {"float16": "f16", "float32": "f32"}
+
+
+class StageWriter:
+    """Writes one rank's parts of one stage.
+
+    ``put`` takes a function that makes the step's :class:`Block`; it runs on the writer's thread, so that copying to
+    the CPU, normalising and decoding text cost the training loop nothing. At most ``QUEUED_STEPS`` wait; then ``put``
+    blocks, which bounds memory. A crash loses at most the part being filled.
+    """
+
+    def __init__(self, storage: Storage, folder: str, dtype: str, rank: int = 0) -> None:
+        self._storage, self._folder, self._rank, self._dtype = storage, folder, rank, dtype
+        self._queue: queue.Queue[Callable[[], Block] | None] = queue.Queue(QUEUED_STEPS)
+        self._buffer: list[Block] = []
+        self._buffered, self._opened = 0, time.monotonic()
+        self._parts: list[dict[str, Any]] = []
+        self._fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="trainer-attrib-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, make: Callable[[], Block]) -> None:
+        """Queue a step. Raises the fault that stopped the writer, if one did."""
+        if self._fault is not None:
+            raise self._fault
+        self._queue.put(make)
+
+    def close(self) -> None:
+        """Write everything queued, seal the last part and stop the thread. Raises the writer's fault, if any."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        if self._fault is not None:
+            raise self._fault
+
+    @property
+    def rows(self) -> int:
+        """Example rows in sealed parts."""
+        return sum(part["rows"] for part in self._parts)
+
+    def _run(self) -> None:
+        while (make := self._queue.get()) is not None:
+            if self._fault is None:  # after a fault the queue is only drained, so that put never blocks for ever
+                self._guarded(lambda make=make: self._add(make()))
+        if self._fault is None:
+            self._guarded(self._seal)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as fault:
+            self._fault = fault
+
+    def _add(self, block: Block) -> None:
+        self._buffer.append(block)
+        self._buffered += 0 if block.sketches is None else block.sketches.nbytes
+        self._buffered += len(block.step["projected_weights"] or b"")
+        if self._buffered >= ROLL_BYTES or time.monotonic() - self._opened > ROLL_SECONDS:
+            self._seal()
+
+    def _seal(self) -> None:
+        """Write the buffered steps as one part: its files first, then the manifest that makes them count."""
+        if not self._buffer:
+            return
+        blocks, self._buffer, self._buffered = self._buffer, [], 0
+        rows = [row for block in blocks for row in block.rows]
+        examples = [example for block in blocks for example in block.examples]
+        sketches = [block.sketches for block in blocks if block.sketches is not None]
+        files = dict(
+            [
+                self._file("steps", "parquet", _parquet([block.step for block in blocks], STEPS)),
+                self._file("rows", "parquet", _parquet(rows, ROWS)),
+                self._file("rows", _SUFFIX[self._dtype], _raw(sketches, self._dtype)),
+                self._file("examples", "parquet", _parquet(examples, EXAMPLES)),
+            ]
+        )
+        self._parts.append({"rows": len(rows), "steps": len(blocks), "examples": len(examples), "files": files})
+        name = f"{self._folder}/{manifest_name(self._rank)}"
+        self._storage.write_json(name, {"format": FORMAT, "rank": self._rank, "parts": self._parts})
+        self._opened = time.monotonic()
+
+    def _file(self, kind: str, suffix: str, data: bytes) -> tuple[str, dict[str, Any]]:
+        name = part_name(kind, self._rank, len(self._parts), suffix)
+        return name, self._storage.write(f"{self._folder}/{name}", data)
+
+
+def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema), sink)
+    return sink.getvalue()
+
+
+def _raw(sketches: list[np.ndarray], dtype: str) -> bytes:
+    return b"".join(np.ascontiguousarray(block, dtype).tobytes() for block in sketches)

@@ -1,0 +1,41 @@
+"""Factored second moments, which fold into the two sides of a projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def factor(moment_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column means of a second moment, V ~ r c^T / mean(r) (Shazeer & Stern 2018, "Adafactor", section 3).
+
+    Args:
+        moment_RC: bias-corrected second moment of a weight, [R, C], non-negative.
+
+    Returns:
+        r [R] and c [C] in float64.
+    """
+    moment_RC = moment_RC.double()
+    return moment_RC.mean(1), moment_RC.mean(0)
+
+
+def inverse_root(rows_R: Tensor, columns_C: Tensor, floor: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """Scales a, b with a b^T ~ 1/sqrt(V), to be multiplied into the columns of the two projections.
+
+    A row that received (almost) no gradient yet, such as the embedding of an unseen token, would get an unbounded
+    scale. Factors below ``floor`` times their mean are lifted to it, which bounds each side's amplification
+    by ``floor ** -0.5`` = 100 times the average scale.
+
+    Args:
+        rows_R: row means r, [R].
+        columns_C: column means c, [C].
+        floor: relative floor, between 0 and 1.
+
+    Returns:
+        a [R] and b [C], float64, finite; ones where the whole moment is zero.
+    """
+    mean = rows_R.mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        return torch.ones_like(rows_R), torch.ones_like(columns_C)
+    rows_R, columns_C = rows_R.clamp_min(floor * mean), columns_C.clamp_min(floor * mean)
+    return (mean.sqrt() / rows_R).sqrt(), (mean.sqrt() / columns_C).sqrt()

@@ -1,0 +1,47 @@
+"""Two-sided sketches: of a per-example gradient from its two factors, and of a whole weight matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sketch_examples(left_BSK: Tensor, right_BSK: Tensor) -> Tensor:
+    """Per-example sketches from projected factors.
+
+    The gradient of example b is G_b = sum_s l_s r_s^T, so its sketch P_l G_b P_r^T is a sum of products of *projected*
+    factors: [B, R, C] is never formed (Choe et al. 2024, "LoGra", equation 6).
+
+    Args:
+        left_BSK: factors on the rows' side, projected: [B, S, K_l].
+        right_BSK: factors on the columns' side, projected: [B, S, K_r].
+
+    Returns:
+        [B, K_l, K_r].
+    """
+    return torch.bmm(left_BSK.transpose(1, 2), right_BSK)
+
+
+def sketch_matrix(weight_RC: Tensor, left_KR: Tensor, right_KC: Tensor) -> Tensor:
+    """P_l W P_r^T, the sketch of a weight, of its gradient or of its update: [K_l, K_r]."""
+    return left_KR @ (weight_RC @ right_KC.T)
+
+
+def sketch_extended(weight_RC: Tensor, bias: Tensor | None, axis: int, left_KR: Tensor, right_KC: Tensor) -> Tensor:
+    """Sketch of a weight with its bias appended as one more row (axis 0) or column (axis 1), without copying it."""
+    if bias is None:
+        return sketch_matrix(weight_RC, left_KR, right_KC)
+    if axis == 1:
+        inner = sketch_matrix(weight_RC, left_KR, right_KC[:, :-1])
+        return inner + torch.outer(left_KR @ bias, right_KC[:, -1])
+    inner = sketch_matrix(weight_RC, left_KR[:, :-1], right_KC)
+    return inner + torch.outer(left_KR[:, -1], right_KC @ bias)
+
+
+def unit_rows(rows_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows scaled to unit norm, and their norms [N]; zero and non-finite rows become zero rows with that norm."""
+    norms_N = rows_NK.norm(dim=1)
+    usable_N = torch.isfinite(norms_N) & (norms_N > 0)
+    safe_N = torch.where(usable_N, norms_N, torch.ones_like(norms_N))
+    unit_NK = torch.where(usable_N[:, None], rows_NK / safe_N[:, None], torch.zeros_like(rows_NK))
+    return unit_NK, norms_N

@@ -1,0 +1,191 @@
+"""Hooks that turn an ordinary forward and backward pass into per-example gradient sketches.
+
+Verified pitfalls that shape this file: a tensor hook is lost when an in-place operation follows a layer whose output is
+a view, so the producing node is hooked instead; non-reentrant checkpointing runs forward hooks a second time inside the
+backward pass; two forwards may precede one backward, so a closure holds the record it writes to; weights may be tied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from trainer_attrib.numerics.sketching import sketch_examples
+from trainer_attrib.tap.layers import LayerRule, rule_for
+from trainer_attrib.tap.plan import SketchPlan, WeightPlan, parameters_by_name
+from trainer_attrib.tap.projections import Projections
+from trainer_attrib.types import Layout
+
+
+class Record:
+    """The sketches of one forward pass, filled during its backward pass: ``sketches`` is [examples, width]."""
+
+    def __init__(self, rows: int, layout: Layout, width: int, like: Tensor) -> None:
+        self.rows, self.layout = rows, layout
+        self.examples = {Layout.ROWS: rows, Layout.PAIRS: rows // 2, Layout.ONE: 1}[layout]
+        self.sketches = torch.zeros(self.examples, width, dtype=like.dtype, device=like.device)
+        self.forwards: Counter[str] = Counter()
+        self.backwards: Counter[str] = Counter()
+        self.skipped: dict[str, str] = {}
+
+    def add(self, weight: WeightPlan, left_BSK: Tensor, right_BSK: Tensor) -> None:
+        """Add one layer call's contribution, rows folded into examples."""
+        if self.layout is Layout.ONE:
+            left_BSK, right_BSK = left_BSK.reshape(1, -1, weight.left), right_BSK.reshape(1, -1, weight.right)
+        sketch_BK = sketch_examples(left_BSK, right_BSK).flatten(1)
+        if self.layout is Layout.PAIRS:
+            sketch_BK = sketch_BK[: self.examples] + sketch_BK[self.examples :]
+        self.sketches[:, weight.span] += sketch_BK
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One hooked module."""
+
+    name: str
+    module: nn.Module
+    rule: LayerRule
+    weight: WeightPlan
+    has_bias: bool  # False for a tied module whose own bias is another parameter, or none
+
+
+class ModuleTap:
+    """Forward hooks on every module of a plan. Captures into ``record`` while one is set, otherwise does nothing.
+
+    Args:
+        model: the live model.
+        plan: weights to sketch.
+        projections: may be replaced between optimizer steps (:attr:`projections`).
+        on_fault: called with any exception raised inside a hook; training never sees it unless this raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: SketchPlan,
+        projections: Projections,
+        on_fault: Callable[[Exception], None],
+    ) -> None:
+        self.plan, self.projections, self._on_fault = plan, projections, on_fault
+        self.record: Record | None = None
+        self.seconds = 0.0  # spent inside the hooks
+        self._sites = _sites(model, plan)
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that are expected to fire."""
+        return tuple(site.name for site in self._sites)
+
+    def open(self, rows: int, layout: Layout) -> Record:
+        """Start a new record for a forward pass over ``rows`` rows and make it current."""
+        like = self.projections[self.plan.weights[0].name].left
+        self.record = Record(rows, layout, self.plan.width, like)
+        return self.record
+
+    def attach(self) -> ModuleTap:
+        """Register the hooks."""
+        for site in self._sites:
+            self._handles.append(site.module.register_forward_hook(self._forward_hook(site), with_kwargs=True))
+        return self
+
+    def detach(self) -> None:
+        """Remove every hook; safe to call twice."""
+        while self._handles:
+            self._handles.pop().remove()
+        self.record = None
+
+    def _forward_hook(self, site: _Site) -> Callable[..., None]:
+        def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            record = self.record
+            if record is None or not torch.is_grad_enabled() or not _differentiable(output, site):
+                return
+            recomputed = torch._C._current_graph_task_id() != -1  # inside a backward pass: a checkpoint runs again
+            if recomputed and record.forwards[site.name]:
+                return  # the graph of the first forward already carries our hook
+            began = time.perf_counter()
+            try:
+                self._watch(site, record, _first_tensor(args, kwargs), output, recomputed)
+            except Exception as fault:
+                self._on_fault(fault)
+            self.seconds += time.perf_counter() - began
+
+        return after_forward
+
+    def _watch(self, site: _Site, record: Record, x: Tensor, output: Tensor, recomputed: bool) -> None:
+        """Project the input now (holding it would defeat checkpointing) and hook the output's gradient."""
+        if record.layout is not Layout.ONE and output.shape[0] != record.rows:
+            record.skipped[site.name] = f"output {tuple(output.shape)} does not start with the batch ({record.rows})"
+            return
+        pair = self.projections[site.weight.name]
+        bias = pair.bias if site.has_bias else None
+        input_axis = site.rule.input_axis
+        of_input, of_output = pair.sides[input_axis], pair.sides[1 - input_axis]
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            input_BSK = _as_BSK(site.rule.project_input(site.module, x.detach(), of_input, bias), output)
+        record.forwards[site.name] += not recomputed
+
+        def after_backward(gradient: Tensor | None) -> None:
+            if gradient is None:
+                return
+            began = time.perf_counter()
+            try:
+                with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                    output_BSK = _as_BSK(F.linear(gradient.to(of_output.dtype), of_output), gradient)
+                    factors = (input_BSK, output_BSK) if input_axis == 0 else (output_BSK, input_BSK)
+                    record.add(site.weight, *factors)
+                record.backwards[site.name] += 1
+            except Exception as fault:
+                self._on_fault(fault)
+            self.seconds += time.perf_counter() - began
+
+        _hook_gradient(output, after_backward)
+
+
+def _sites(model: nn.Module, plan: SketchPlan) -> list[_Site]:
+    sites = []
+    parameters = parameters_by_name(model)
+    for weight in plan.weights:
+        for name in weight.modules:
+            module = model.get_submodule(name)
+            rule = rule_for(module)
+            assert rule is not None
+            has_bias = bool(weight.bias) and getattr(module, "bias", None) is parameters[weight.bias]
+            sites.append(_Site(name, module, rule, weight, has_bias))
+    return sites
+
+
+def _differentiable(output: Any, site: _Site) -> bool:
+    weight = site.module.weight
+    return isinstance(output, Tensor) and output.requires_grad and isinstance(weight, Tensor) and weight.requires_grad
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _as_BSK(projected: Tensor, like: Tensor) -> Tensor:
+    """[B, ..., K] with everything between the batch and the projected axis flattened; a missing axis is length 1."""
+    return projected.reshape(like.shape[0], -1, projected.shape[-1])
+
+
+def _hook_gradient(output: Tensor, hook: Callable[[Tensor | None], None]) -> None:
+    """Call ``hook`` with the gradient of ``output``, also where an in-place operation replaces the view it is."""
+    node = output.grad_fn
+    if output._is_view() and node is not None and node.next_functions and node.next_functions[0][0] is not None:
+        shape = output.shape
+
+        def before_producer(gradients: tuple[Tensor | None, ...]) -> None:
+            hook(None if gradients[0] is None else gradients[0].reshape(shape))
+
+        node.next_functions[0][0].register_prehook(before_producer)
+    else:
+        output.register_hook(hook)

@@ -1,0 +1,168 @@
+"""Which weights are sketched, through which modules, into which columns of a row: fixed before the first step."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from trainer_attrib.errors import UnsupportedLayerError
+from trainer_attrib.tap.layers import known_layers, rule_for
+from trainer_attrib.types import SketchConfig
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """One sketched weight: a parameter, its bias if that is captured with it, and the modules that use it.
+
+    ``rows`` and ``columns`` count the bias (appended along ``bias_axis``); the sketch has ``left * right`` numbers and
+    starts at column ``offset`` of a row.
+    """
+
+    name: str
+    bias: str
+    bias_axis: int
+    modules: tuple[str, ...]
+    rows: int
+    columns: int
+    left: int
+    right: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of a row that this weight takes."""
+        return self.left * self.right
+
+    @property
+    def span(self) -> slice:
+        """Columns of a row that belong to this weight."""
+        return slice(self.offset, self.offset + self.size)
+
+
+@dataclass(frozen=True)
+class SketchPlan:
+    """The weights of a row, in order, and why every other trainable parameter is not part of it."""
+
+    weights: tuple[WeightPlan, ...]
+    uncovered: dict[str, str]
+    rank: int
+    seed: int
+
+    @property
+    def width(self) -> int:
+        """Numbers per row."""
+        return sum(weight.size for weight in self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> SketchPlan:
+        """Inverse of :meth:`to_dict`."""
+        weights = tuple(WeightPlan(**{**w, "modules": tuple(w["modules"])}) for w in data["weights"])
+        return SketchPlan(weights, dict(data["uncovered"]), int(data["rank"]), int(data["seed"]))
+
+
+def canonical(name: str) -> str:
+    """A parameter's or module's name without what wrappers (DDP, compile, FSDP) put before it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Canonical name -> parameter; a tied parameter appears once, under its first name."""
+    return {canonical(name): parameter for name, parameter in model.named_parameters()}
+
+
+def plan_sketch(model: nn.Module, config: SketchConfig) -> SketchPlan:
+    """Choose the weights to sketch.
+
+    Raises:
+        UnsupportedLayerError: no trainable module of a known type matches ``config.modules``.
+    """
+    names = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
+    trainable = {name for name, p in parameters_by_name(model).items() if p.requires_grad}
+    uses, reasons = _uses_of_weights(model, config, names)
+    weights, offset = [], 0
+    for name in uses:
+        weights.append(_weight_plan(model, name, uses[name], names, config.rank, offset))
+        offset += weights[-1].size
+    if not weights:
+        raise _nothing_to_capture(model, config, reasons)
+    covered = {w.name for w in weights} | {w.bias for w in weights}
+    uncovered = {name: reasons.get(name, "no captured module owns it") for name in sorted(trainable - covered)}
+    return SketchPlan(tuple(weights), uncovered, config.rank, config.seed)
+
+
+def _uses_of_weights(
+    model: nn.Module, config: SketchConfig, names: dict[int, str]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Weight name -> modules that use it; parameter name -> why it is left out."""
+    uses: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        own = {id(p): names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad}
+        reason = _why_not(canonical(module_name), module, config)
+        weight = getattr(module, "weight", None)
+        if not reason and id(weight) in own:
+            uses.setdefault(own[id(weight)], []).append(module_name)
+        else:
+            reasons.update({name: reason or "its weight is frozen" for name in own.values() if name not in uses})
+    return uses, reasons
+
+
+def _why_not(name: str, module: nn.Module, config: SketchConfig) -> str:
+    rule = rule_for(module)
+    if rule is None:
+        return f"{type(module).__name__} is not a known layer type"
+    if not _matches(name, config.modules.split(",")) or _matches(name, config.exclude):
+        return "left out by the settings"
+    return rule.refuse(module)
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob.strip()) for glob in globs)
+
+
+def _weight_plan(
+    model: nn.Module, name: str, modules: list[str], names: dict[int, str], rank: int, offset: int
+) -> WeightPlan:
+    owner = model.get_submodule(modules[0])
+    rule = rule_for(owner)
+    assert rule is not None and isinstance(owner.weight, Tensor)
+    rows, columns = owner.weight.shape
+    bias = getattr(owner, "bias", None)
+    with_bias = isinstance(bias, Tensor) and bias.requires_grad
+    if with_bias:
+        rows, columns = (rows + 1, columns) if rule.input_axis == 0 else (rows, columns + 1)
+    return WeightPlan(
+        name=name,
+        bias=names[id(bias)] if with_bias else "",
+        bias_axis=rule.input_axis,
+        modules=tuple(modules),
+        rows=rows,
+        columns=columns,
+        left=min(rank, rows),
+        right=min(rank, columns),
+        offset=offset,
+    )
+
+
+def _nothing_to_capture(model: nn.Module, config: SketchConfig, reasons: dict[str, str]) -> UnsupportedLayerError:
+    kinds = sorted({type(m).__name__ for m in model.modules() if any(p.requires_grad for p in m.parameters(False))})
+    why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5]) or "every parameter is frozen"
+    return UnsupportedLayerError(
+        f"No trainable module of {type(model).__name__} can be captured with modules={config.modules!r}, "
+        f"exclude={list(config.exclude)}. Its trainable layers are of type {kinds}; known types are "
+        f"{list(known_layers())}.",
+        cause=why,
+        fix="widen `modules`, unfreeze weights, or register the layer type with trainer_attrib.tap.layers.register_layer.",
+    )

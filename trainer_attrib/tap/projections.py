@@ -1,0 +1,72 @@
+"""The projections of a plan on a device, raw or with a second moment folded in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer_attrib.numerics.projection import projection
+from trainer_attrib.numerics.second_moment import inverse_root
+from trainer_attrib.numerics.sketching import sketch_extended
+from trainer_attrib.tap.plan import SketchPlan, WeightPlan
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Weight name -> row means [R] and column means [C] of its second moment."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both projections of one weight, left [K_l, R] and right [K_r, C], bias included.
+
+    ``sides`` are the same without the bias column, contiguous because a slice makes every matrix product slower, and
+    ``bias`` [K] is that column (None without a bias).
+    """
+
+    left: Tensor
+    right: Tensor
+    sides: tuple[Tensor, Tensor]
+    bias: Tensor | None
+
+
+class Projections:
+    """All projections of a plan. ``version`` names the second moment folded in; 0 is none (raw gradients)."""
+
+    def __init__(self, plan: SketchPlan, model: nn.Module, factors: Factors | None = None, version: int = 0) -> None:
+        self.plan, self.version = plan, version
+        self._like = {w.name: _reference(model, w) for w in plan.weights}
+        self._pairs = {w.name: self._pair(w, factors or {}) for w in plan.weights}
+
+    def __getitem__(self, weight: str) -> Pair:
+        return self._pairs[weight]
+
+    def _pair(self, weight: WeightPlan, factors: Factors) -> Pair:
+        shape = (weight.rows, weight.columns)
+        left = projection(self.plan.seed, weight.name, shape, 0, self.plan.rank)
+        right = projection(self.plan.seed, weight.name, shape, 1, self.plan.rank)
+        if weight.name in factors:
+            row_scale_R, column_scale_C = inverse_root(*(f.double().cpu() for f in factors[weight.name]))
+            left, right = left * row_scale_R, right * column_scale_C
+        left, right = left.to(self._like[weight.name]), right.to(self._like[weight.name])
+        if not weight.bias:
+            return Pair(left, right, (left, right), None)
+        extended = (left, right)[weight.bias_axis]
+        main = extended[:, :-1].contiguous()
+        sides = (main, right) if weight.bias_axis == 0 else (left, main)
+        return Pair(left, right, sides, extended[:, -1].contiguous())
+
+    def sketch(self, weight: WeightPlan, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """Sketch of a tensor shaped like the weight (the weight itself, its gradient), [K_l, K_r]."""
+        pair = self._pairs[weight.name]
+        dtype = pair.left.dtype
+        bias = None if bias is None else bias.to(dtype)
+        return sketch_extended(matrix.to(dtype), bias, weight.bias_axis, pair.left, pair.right)
+
+
+def _reference(model: nn.Module, weight: WeightPlan) -> Tensor:
+    """An empty tensor with the device and dtype that this weight's sketches are computed in."""
+    parameter = model.get_submodule(weight.modules[0]).weight
+    assert isinstance(parameter, Tensor)
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.empty(0, dtype=dtype, device=parameter.device)

@@ -1,0 +1,68 @@
+"""Configuration and small values that every floor shares. No tensor work happens here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from trainer_attrib.errors import ConfigurationError
+
+ROW_DTYPES = ("float16", "float32")
+
+
+class Correction(StrEnum):
+    """What is folded into the projections before a gradient is sketched."""
+
+    NONE = "none"
+    FACTORED = "factored"  # 1/sqrt of the factored second moment (Shazeer & Stern 2018, algorithm 1)
+
+
+class Layout(StrEnum):
+    """Which rows of a batch belong to one example."""
+
+    ROWS = "rows"  # row i is example i
+    PAIRS = "pairs"  # rows i and i + n/2 are the chosen and the rejected side of example i (TRL's concatenated forward)
+    ONE = "one"  # every row of every forward belongs to one example (a query)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchConfig:
+    """How gradients are compressed. One setting per ledger is usual, since only equal settings can be compared.
+
+    Args:
+        rank: sketch dimension K of each side; a weight costs ``min(K, rows) * min(K, columns)`` numbers per example.
+        modules: glob, or globs separated by commas, of the modules to capture.
+        exclude: globs of modules to leave out.
+        every_n_steps: capture examples of every n-th optimizer step only (steps and snapshots are always recorded).
+        correction: ``"factored"`` folds AdamW's second moments into the projections, ``"none"`` keeps raw gradients.
+        dtype: of the unit-norm rows on disk; norms are always float32.
+        seed: of the projections.
+
+    Raises:
+        ConfigurationError: a value that cannot work.
+    """
+
+    rank: int = 16
+    modules: str = "*"
+    exclude: tuple[str, ...] = ()
+    every_n_steps: int = 1
+    correction: str = "factored"
+    dtype: str = "float16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.rank <= 1024, f"rank={self.rank}", "an integer from 1 to 1024")
+        _require(self.every_n_steps >= 1, f"every_n_steps={self.every_n_steps}", "at least 1")
+        _require(self.correction in tuple(Correction), f"correction={self.correction!r}", f"one of {list(Correction)}")
+        _require(self.dtype in ROW_DTYPES, f"dtype={self.dtype!r}", f"one of {list(ROW_DTYPES)}")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return asdict(self)
+
+
+def _require(holds: bool, found: str, expected: str) -> None:
+    if not holds:
+        raise ConfigurationError(f"SketchConfig got {found}, expected {expected}.", fix="correct this argument.")
