@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+
 from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.recorder import Recorder
 from trainer_attrib.errors import MissingExtraError

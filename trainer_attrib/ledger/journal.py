@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-
 from torch import Tensor
+
 from trainer_attrib.errors import ModelMismatchError, StageExistsError
 from trainer_attrib.ledger.reader import Ledger, StageReader
 from trainer_attrib.ledger.schema import FORMAT, check_format, check_stage_name

@@ -32,14 +32,6 @@ def grad_cos(queries_QK: Tensor, unit_NK: Tensor, norms_N: Tensor) -> Tensor:
     return torch.where((norms_N > 0)[None, :], scores_QN, torch.zeros_like(scores_QN))
 
 
-def mean_by_example(scores_QN: Tensor, example_N: Tensor, examples: int) -> Tensor:
-    """Mean score of the visits (rows) of each example, [Q, examples]; NaN for an example without a visit."""
-    sums = torch.zeros(scores_QN.shape[0], examples, dtype=torch.float64)
-    sums.index_add_(1, example_N, scores_QN.double())
-    visits = torch.bincount(example_N, minlength=examples).double()
-    return sums / torch.where(visits > 0, visits, float("nan"))
-
-
 def rank(scores_N: np.ndarray, ids_N: np.ndarray, k: int, *, largest: bool) -> np.ndarray:
     """Positions of the k best scores, best first; ties are broken by id so that the order never depends on storage."""
     usable = np.flatnonzero(~np.isnan(scores_N))

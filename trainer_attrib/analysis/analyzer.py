@@ -1,0 +1,101 @@
+"""The analyzer: reads a ledger, moves a model through displacements, measures behaviors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from trainer_attrib.analysis import influence as influences
+from trainer_attrib.analysis import stage_effects as effects
+from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.results import Influence, StageEffects
+from trainer_attrib.analysis.retraining import Closure, Program, check_programs, closure
+from trainer_attrib.analysis.stage_view import ledger_blocks
+from trainer_attrib.errors import ConfigurationError
+from trainer_attrib.ledger.journal import check_same_model
+from trainer_attrib.ledger.reader import Ledger, StageReader
+from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors
+from trainer_attrib.report.page import write_page
+from trainer_attrib.tap.plan import parameters_by_name
+
+
+class Analyzer:
+    """Answers from a ledger about a model that stands at the end of one of its stages.
+
+    Args:
+        ledger: directory or URL that the callbacks recorded to.
+        model: the trained model. It is moved while behaviors are measured and is bit-identical afterwards.
+
+    Raises:
+        LedgerNotFoundError: nothing is recorded there.
+        ModelMismatchError: the ledger was recorded from another model.
+        StageNotFoundError: no stage ended with the model's weights.
+    """
+
+    def __init__(self, ledger: str | os.PathLike[str], model: nn.Module) -> None:
+        self.ledger, self.model = Ledger(ledger), model
+        weights = {name: parameter.data for name, parameter in parameters_by_name(model).items()}
+        check_same_model(self.ledger, {name: list(weight.shape) for name, weight in weights.items()})
+        self.lineage: list[StageReader] = self.ledger.lineage(combine(fingerprint_tensors(weights)))
+
+    def stage_effects(
+        self,
+        behaviors: Sequence[Behavior],
+        method: str | Sequence[str] = "auto",
+        programs: Mapping[str, Program] | None = None,
+    ) -> StageEffects:
+        """Effect of each stage: behavior with it minus behavior without it.
+
+        Args:
+            behaviors: what to explain.
+            method: ``"auto"``, ``"change"``, ``"subtract"``, ``"retrain"``, or several of them.
+            programs: for ``retrain``, how each stage after the first is run again: stage name -> function that takes a
+                model and returns the trainer that would train it.
+
+        Raises:
+            ConfigurationError: an unknown method.
+            MissingProgramError: a method needs a program that is not given.
+        """
+        methods = [method] if isinstance(method, str) else list(method)
+        lineage = effects.Lineage(self.model, self.lineage, list(behaviors), programs)
+        return effects.stage_effects(lineage, methods)
+
+    def influence(
+        self, behaviors: Sequence[Behavior], stages: Sequence[str] | None = None, recipe: str = "grad_cos"
+    ) -> Influence:
+        """Scores of all recorded examples for every query, from the sketches captured during training.
+
+        Args:
+            behaviors: differentiable behaviors; every item is a query.
+            stages: names of the stages whose examples are scored; all of the model's lineage by default.
+            recipe: ``"grad_cos"`` or ``"grad_dot"``.
+
+        Raises:
+            ConfigurationError: an unknown recipe, or a stage that is not in the model's lineage.
+        """
+        chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
+        unknown = set(stages or ()) - {stage.name for stage in chosen}
+        if unknown or not chosen:
+            raise ConfigurationError(
+                f"Stages {sorted(unknown)} did not lead to this model; its stages are {[s.name for s in self.lineage]}.",
+                fix="choose among these.",
+            )
+        return influences.influence(self.model, chosen, list(behaviors), recipe)
+
+    def closure(self, programs: Mapping[str, Program]) -> Closure:
+        """Run all stages again with nothing removed and compare with the recorded weights.
+
+        Raises:
+            MissingProgramError: a stage has no program.
+        """
+        check_programs(self.lineage, programs)
+        return closure(self.model, self.lineage[0].snapshot("start"), self.lineage, programs)
+
+    def report(self, path: str | os.PathLike[str], *results: StageEffects | Influence, title: str = "") -> Path:
+        """Write the ledger's stages and the given results as one self-contained HTML file; returns its path."""
+        blocks = [*ledger_blocks(self.lineage), *(block for result in results for block in result.blocks())]
+        subtitle = f"{' → '.join(stage.name for stage in self.lineage)}, recorded in {self.ledger.storage.url}"
+        return write_page(path, title or type(self.model).__name__, blocks, subtitle)

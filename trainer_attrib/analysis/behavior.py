@@ -1,0 +1,173 @@
+"""Behaviors: what is being explained. Larger means more of the behavior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer_attrib.analysis.text import TextPair, completion_logprobs, encode_pair, encode_text, text_losses
+from trainer_attrib.errors import BehaviorError
+
+Measure = Callable[[nn.Module, list[Any]], Tensor]
+"""(model, list of dataset items) -> one differentiable value per item, [len(items)]."""
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """Named queries and a differentiable measurement of each.
+
+    Args:
+        name: shown in every table.
+        dataset: one item per query.
+        measure: values of a batch of items, [len(items)], with a gradient. It runs with the model in evaluation mode.
+        queries: how each item is shown; numbers by default.
+        batch_size: items measured at once.
+        unit: of the values.
+
+    Raises:
+        BehaviorError: no queries, or as many labels as there are not queries.
+    """
+
+    name: str
+    dataset: Sequence[Any]
+    measure: Measure
+    queries: Sequence[str] = ()
+    batch_size: int = 64
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.dataset) == 0:
+            raise BehaviorError(f"Behavior '{self.name}' has no queries.", fix="pass at least one item.")
+        if not self.queries:
+            object.__setattr__(self, "queries", [f"{self.name} #{i}" for i in range(len(self.dataset))])
+        if len(self.queries) != len(self.dataset):
+            raise BehaviorError(
+                f"Behavior '{self.name}' has {len(self.dataset)} items but {len(self.queries)} query labels.",
+                fix="pass one label per item, or none.",
+            )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def values(self, model: nn.Module) -> Tensor:
+        """The behavior of a model: one value per query, float64 [Q] on the CPU. The model is left as it was."""
+        with _evaluating(model), torch.no_grad():
+            batches = [self._batch(model, start) for start in range(0, len(self), self.batch_size)]
+        return torch.cat(batches).double().cpu()
+
+    def value_of(self, model: nn.Module, query: int) -> Tensor:
+        """One query's value, 0-dim, with its gradient. The caller puts the model in evaluation mode."""
+        return self._check(self.measure(model, [self.dataset[query]]), 1).sum()
+
+    def _batch(self, model: nn.Module, start: int) -> Tensor:
+        items = [self.dataset[i] for i in range(start, min(start + self.batch_size, len(self)))]
+        return self._check(self.measure(model, items), len(items))
+
+    def _check(self, values: Any, expected: int) -> Tensor:
+        if not isinstance(values, Tensor) or values.shape != (expected,):
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise BehaviorError(
+                f"The measure of behavior '{self.name}' returned {found} for {expected} items.",
+                cause="a measure returns one value per item, without averaging over the batch.",
+                fix=f"return a tensor of shape ({expected},).",
+            )
+        return values
+
+    @staticmethod
+    def loss(name: str, texts: Sequence[str], tokenizer: Any, *, batch_size: int = 32) -> Behavior:
+        """Mean next-token loss of each text, in nats per token. Larger means that the model knows the text *less*."""
+        items = [encode_text(tokenizer, text) for text in texts]
+        return Behavior(name, items, text_losses, list(texts), batch_size, "nats per token")
+
+    @staticmethod
+    def completion(
+        name: str, prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, *, batch_size: int = 32
+    ) -> Behavior:
+        """Log-probability of each completion after its prompt, summed over the completion's tokens, in nats."""
+        items = [encode_pair(tokenizer, p, c) for p, c in _zip(name, prompts, completions)]
+        queries = [f"{p}{c}" for p, c in zip(prompts, completions, strict=True)]
+        return Behavior(name, items, completion_logprobs, queries, batch_size, "nats")
+
+    @staticmethod
+    def contrast(
+        name: str,
+        prompts: Sequence[str],
+        right: Sequence[str],
+        wrong: Sequence[str],
+        tokenizer: Any,
+        *,
+        batch_size: int = 32,
+    ) -> Behavior:
+        """Log-probability of the right completion minus that of the wrong one, in nats: above 0 the model prefers it."""
+        items = [
+            (encode_pair(tokenizer, p, r), encode_pair(tokenizer, p, w))
+            for p, r, w in _zip(name, prompts, right, wrong)
+        ]
+        queries = [f"{p}{r}  (not:{w})" for p, r, w in zip(prompts, right, wrong, strict=True)]
+        return Behavior(name, items, _contrast, queries, batch_size, "nats")
+
+    @staticmethod
+    def margin(name: str, inputs: Any, labels: Any, *, batch_size: int = 64) -> Behavior:
+        """Logit of the label minus the largest other logit: above 0 the classifier is right.
+
+        Args:
+            name: shown in every table.
+            inputs: tensor [N, ...] passed to the model, or dict of such tensors passed as keywords.
+            labels: integers [N].
+            batch_size: items measured at once.
+        """
+        labels = torch.as_tensor(labels)
+        single = isinstance(inputs, Tensor)
+        items = [(inputs[i] if single else {k: v[i] for k, v in inputs.items()}, labels[i]) for i in range(len(labels))]
+        queries = [f"#{i}: class {int(label)}" for i, label in enumerate(labels)]
+        return Behavior(name, items, _margin, queries, batch_size, "logits")
+
+
+def _zip(name: str, *columns: Sequence[str]) -> list[tuple[str, ...]]:
+    if len({len(column) for column in columns}) != 1:
+        raise BehaviorError(
+            f"Behavior '{name}' got lists of different lengths: {[len(column) for column in columns]}.",
+            fix="pass one prompt and one completion of each kind per query.",
+        )
+    return list(zip(*columns, strict=True))
+
+
+def _contrast(model: nn.Module, items: list[tuple[TextPair, TextPair]]) -> Tensor:
+    both = completion_logprobs(model, [right for right, _ in items] + [wrong for _, wrong in items])
+    right, wrong = both.chunk(2)
+    return right - wrong
+
+
+def _margin(model: nn.Module, items: list[tuple[Any, Tensor]]) -> Tensor:
+    device = next(model.parameters()).device
+    labels = torch.stack([label for _, label in items]).to(device)
+    if isinstance(items[0][0], dict):
+        output = model(**{k: torch.stack([x[k] for x, _ in items]).to(device) for k in items[0][0]})
+    else:
+        output = model(torch.stack([x for x, _ in items]).to(device))
+    logits = getattr(output, "logits", output)
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    return own - others.max(1).values
+
+
+class _evaluating:  # noqa: N801 - a context manager, read as a verb
+    """Evaluation mode inside the block; every module's own mode afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *error: object) -> None:
+        for module, training in self._modes:
+            module.training = training
+
+
+evaluating = _evaluating

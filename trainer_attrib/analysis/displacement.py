@@ -1,0 +1,72 @@
+"""Displacements: where the weights would be. Applied to a model for the time of a measurement, then undone exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trainer_attrib.ledger.reader import StageReader
+from trainer_attrib.tap.plan import parameters_by_name
+
+Displacement = dict[str, Tensor]
+"""Parameter name -> predicted change, float64 on the CPU."""
+
+
+@contextmanager
+def weights_set_to(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """The model with some parameters replaced inside the block; its own bits afterwards, whatever happened."""
+    parameters = parameters_by_name(model)
+    kept = {name: parameters[name].detach().clone() for name in weights}
+    try:
+        _assign(parameters, weights)
+        yield model
+    finally:
+        _assign(parameters, kept)
+
+
+@contextmanager
+def moved(model: nn.Module, displacement: Displacement) -> Iterator[nn.Module]:
+    """The model with its weights moved by a displacement inside the block."""
+    parameters = parameters_by_name(model)
+    target = {name: parameters[name].detach().double().cpu() + change for name, change in displacement.items()}
+    with weights_set_to(model, target):
+        yield model
+
+
+def stage_change(stage: StageReader, start: dict[str, Tensor], end: dict[str, Tensor]) -> Displacement:
+    """What the stage's updates did to the weights: end minus start."""
+    return {name: end[name].double() - start[name].double() for name in stage.meta["trainable"]}
+
+
+def surviving_share(stages: list[StageReader], name: str) -> float:
+    """By how much the weight decay of later stages shrank what an earlier stage had added to one parameter.
+
+    The product over steps of (1 - lr * wd) for decoupled decay and of (1 - lr * wd / (1 - momentum)) for SGD, whose
+    decay passes through the momentum. Adam's coupled decay is divided by the second moment and leaves no such product;
+    it is counted as 1.
+    """
+    share = 1.0
+    for stage in stages:
+        optimizer = stage.meta["optimizer"]
+        group = next((i for i, g in enumerate(optimizer["groups"]) if name in g["parameters"]), None)
+        sgd = optimizer["class"].endswith(".SGD")
+        if group is None or not (optimizer["decoupled_weight_decay"] or sgd):
+            continue
+        for step in stage.steps().select(["learning_rate", "weight_decay", "beta1"]).to_pylist():
+            momentum = step["beta1"][group] if sgd else 0.0
+            share *= 1.0 - step["learning_rate"][group] * step["weight_decay"][group] / (1.0 - momentum)
+    return share
+
+
+def subtracted(change: Displacement, later: list[StageReader]) -> Displacement:
+    """The displacement that takes a stage's change out of the final weights, ignoring how later stages reacted."""
+    return {name: -surviving_share(later, name) * delta for name, delta in change.items()}
+
+
+def _assign(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)

@@ -1,0 +1,231 @@
+"""Frozen answers. Tables, plots and pages render only these; nothing is computed here but means and rankings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from trainer_attrib.analysis.tables import aligned, require_matplotlib
+from trainer_attrib.numerics.scores import rank
+from trainer_attrib.report.blocks import Bar, Bars, Block, Example, Grid, Notes, Ranking, Rankings
+from trainer_attrib.report.page import fragment, write_page
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Effect of one stage on one query by one method: behavior with the stage minus behavior without it.
+
+    ``error_bar`` is in the behavior's unit; ``cost`` counts optimizer steps that were run again.
+    """
+
+    behavior: str
+    query: str
+    stage: str
+    method: str
+    read_out: str
+    effect: float
+    error_bar: float
+    reliable: bool
+    cost: int
+
+
+class _Result:
+    """What every result can do."""
+
+    caveats: tuple[str, ...]
+
+    def blocks(self) -> list[Block]:
+        """The result as blocks of a page."""
+        raise NotImplementedError
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write one self-contained HTML file; returns its path."""
+        return write_page(path, type(self).__name__, self.blocks())
+
+    def _repr_html_(self) -> str:
+        return fragment(self.blocks())
+
+
+@dataclass(frozen=True, repr=False)
+class StageEffects(_Result):
+    """Effects of stages on behaviors, one row per query."""
+
+    rows: tuple[Effect, ...]
+    caveats: tuple[str, ...] = ()
+
+    def to_table(self) -> pa.Table:
+        """Columns behavior, query, stage, method, read_out, effect, error_bar, reliable, cost."""
+        return pa.Table.from_pylist([asdict(row) for row in self.rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"rows": [asdict(row) for row in self.rows], "caveats": list(self.caveats)}
+
+    def summary(self) -> list[Effect]:
+        """Mean over the queries of each behavior, for each stage and method.
+
+        The error bar of a mean is the mean of the error bars: estimates of one method err together, so that averaging
+        queries does not shrink it.
+        """
+        keys = dict.fromkeys((r.behavior, r.stage, r.method) for r in self.rows)
+        return [_mean([r for r in self.rows if (r.behavior, r.stage, r.method) == key]) for key in keys]
+
+    def blocks(self) -> list[Block]:
+        """Bars per behavior, the table of means, the caveats."""
+        means = self.summary()
+        charts = [
+            Bars(
+                f"Effect of each stage: {name}",
+                [Bar(m.stage, m.method, m.effect, m.error_bar, m.reliable) for m in means if m.behavior == name],
+                note="Behavior with the stage minus behavior without it, mean over the queries. Pale: not reliable.",
+            )
+            for name in dict.fromkeys(m.behavior for m in means)
+        ]
+        columns = ("behavior", "stage", "method", "queries", "effect", "error bar", "reliable", "steps run again")
+        rows = [(m.behavior, m.stage, m.method, m.query, m.effect, m.error_bar, m.reliable, m.cost) for m in means]
+        return [*charts, Grid("Stage effects", columns, rows), Notes("What to keep in mind", self.caveats)]
+
+    def plot(self) -> Any:
+        """A matplotlib figure with one axis per behavior. Needs the extra ``plot``."""
+        pyplot, means = require_matplotlib(), self.summary()
+        names = list(dict.fromkeys(m.behavior for m in means))
+        figure, axes = pyplot.subplots(len(names), 1, squeeze=False, figsize=(7, 1 + 2 * len(names)), layout="tight")
+        for axis, name in zip(axes[:, 0], names, strict=True):
+            rows = [m for m in means if m.behavior == name][::-1]
+            labels = [f"{m.stage}, {m.method}" for m in rows]
+            axis.barh(labels, [m.effect for m in rows], xerr=[m.error_bar for m in rows], height=0.7)
+            axis.axvline(0, color="black", linewidth=0.8)
+            axis.set_title(name)
+        return figure
+
+    def __repr__(self) -> str:
+        rows = [
+            (m.behavior, m.stage, m.method, f"{m.effect:+.3f}", f"± {m.error_bar:.3f}", "" if m.reliable else "unsure")
+            for m in self.summary()
+        ]
+        return aligned(("behavior", "stage", "method", "effect", "error bar", ""), rows, self.caveats)
+
+
+@dataclass(frozen=True)
+class InfluenceExamples:
+    """The examples that were scored, one entry each: columns of equal length N."""
+
+    stages: np.ndarray
+    ids: np.ndarray
+    steps: np.ndarray  # last step in which the example took part
+    sources: Sequence[str | None]
+    texts: Sequence[str | None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @staticmethod
+    def concatenate(parts: Sequence[InfluenceExamples]) -> InfluenceExamples:
+        """The examples of several stages, in order."""
+        return InfluenceExamples(
+            np.concatenate([part.stages for part in parts]),
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.steps for part in parts]),
+            [source for part in parts for source in part.sources],
+            [text for part in parts for text in part.texts],
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Influence(_Result):
+    """Scores of training examples for queries; positive means that training on the example increased the behavior.
+
+    ``scores`` is float32 [Q, N]; ``behaviors`` and ``queries`` name its rows, ``examples`` its columns.
+    """
+
+    behaviors: tuple[str, ...]
+    queries: tuple[str, ...]
+    scores: np.ndarray
+    examples: InfluenceExamples
+    recipe: str
+    caveats: tuple[str, ...] = ()
+
+    def top(self, k: int = 10) -> pa.Table:
+        """The k examples that increased each behavior most, best first."""
+        return self._ranked(k, largest=True)
+
+    def bottom(self, k: int = 10) -> pa.Table:
+        """The k examples that decreased each behavior most, strongest first."""
+        return self._ranked(k, largest=False)
+
+    def to_table(self) -> pa.Table:
+        """Every score. Columns behavior, query, stage, example, rank, score, step, source, text."""
+        return self.top(len(self.examples))
+
+    def to_dict(self, k: int = 10) -> dict[str, Any]:
+        """JSON-ready: both ends of every ranking."""
+        ends = {"top": self.top(k).to_pylist(), "bottom": self.bottom(k).to_pylist()}
+        return {"recipe": self.recipe, "caveats": list(self.caveats), **ends}
+
+    def blocks(self) -> list[Block]:
+        """Proponents and opponents of every query side by side, the caveats."""
+        rankings = [
+            Ranking(f"{self.behaviors[q]}: {self.queries[q]}", *(self._examples(q, end) for end in (True, False)))
+            for q in range(len(self.queries))
+        ]
+        note = f"Recipe {self.recipe}, over {len(self.examples):,} training examples. "
+        note += "Positive scores: training on the example increased the behavior."
+        return [Rankings("Training examples", rankings, note), Notes("What to keep in mind", self.caveats)]
+
+    def plot(self) -> Any:
+        """A matplotlib figure with the sorted scores of every query. Needs the extra ``plot``."""
+        figure, axis = require_matplotlib().subplots(figsize=(7, 3), layout="tight")
+        for scores in self.scores[:10]:
+            axis.plot(np.sort(scores)[::-1], linewidth=1)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(xlabel="rank", ylabel=self.recipe, title="Scores of all examples, one line per query")
+        return figure
+
+    def __repr__(self) -> str:
+        rows = [
+            (row["query"], f"{row['score']:+.3f}", row["stage"], row["example"], row["text"] or "")
+            for row in self.top(3).to_pylist()[:30]
+        ]
+        return aligned(("query", self.recipe, "stage", "example", "text"), rows, self.caveats)
+
+    def _order(self, query: int, k: int, *, largest: bool) -> np.ndarray:
+        return rank(self.scores[query], self.examples.ids.astype(str), k, largest=largest)
+
+    def _ranked(self, k: int, *, largest: bool) -> pa.Table:
+        order = [(q, self._order(q, k, largest=largest)) for q in range(len(self.queries))]
+        return pa.Table.from_pylist([self._row(q, n, int(at)) for q, found in order for n, at in enumerate(found)])
+
+    def _row(self, query: int, place: int, at: int) -> dict[str, Any]:
+        return {
+            "behavior": self.behaviors[query],
+            "query": self.queries[query],
+            "stage": str(self.examples.stages[at]),
+            "example": str(self.examples.ids[at]),
+            "rank": place + 1,
+            "score": float(self.scores[query, at]),
+            "step": int(self.examples.steps[at]),
+            "source": self.examples.sources[at],
+            "text": self.examples.texts[at],
+        }
+
+    def _examples(self, query: int, largest: bool, k: int = 8) -> list[Example]:
+        rows = [self._row(query, n, int(at)) for n, at in enumerate(self._order(query, k, largest=largest))]
+        return [
+            Example(r["score"], r["example"], r["stage"], r["step"], r["source"] or "", r["text"] or "") for r in rows
+        ]
+
+
+def _mean(rows: Iterable[Effect]) -> Effect:
+    rows = list(rows)
+    effect = sum(r.effect for r in rows) / len(rows)
+    bar = sum(r.error_bar for r in rows) / len(rows)
+    first = rows[0]
+    reliable = bar <= 0.5 * abs(effect)
+    label = f"{len(rows)}"
+    return Effect(first.behavior, label, first.stage, first.method, first.read_out, effect, bar, reliable, first.cost)

@@ -1,0 +1,148 @@
+"""What would the model do had a stage's updates not been executed?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.displacement import moved, stage_change, subtracted, weights_set_to
+from trainer_attrib.analysis.results import Effect, StageEffects
+from trainer_attrib.analysis.retraining import Program, check_programs, retrain
+from trainer_attrib.errors import ConfigurationError
+from trainer_attrib.ledger.reader import StageReader
+
+RELIABLE = 0.5  # an effect is called reliable while its error bar is at most this share of it
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The stages that led to a model, the model standing at the end of the last one."""
+
+    model: nn.Module
+    stages: Sequence[StageReader]
+    behaviors: Sequence[Behavior]
+    programs: Mapping[str, Program] | None
+
+    def measure(self, weights: dict[str, Tensor]) -> list[Tensor]:
+        """Values of every behavior with these weights."""
+        with weights_set_to(self.model, weights):
+            return [behavior.values(self.model) for behavior in self.behaviors]
+
+    def later(self, stage: StageReader) -> list[StageReader]:
+        """Stages after this one."""
+        names = [s.name for s in self.stages]
+        return list(self.stages[names.index(stage.name) + 1 :])
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    effects: list[Tensor]  # per behavior, [Q]
+    error_bars: list[Tensor]
+    read_out: str
+    cost: int
+
+
+def change(lineage: Lineage, stage: StageReader) -> _Estimate:
+    """What happened during the stage: behavior at its end minus behavior at its start. Exact and additive.
+
+    It answers another question than the skip effect: later stages may undo, keep or amplify what happened here.
+    """
+    ends, starts = (lineage.measure(stage.snapshot(at)) for at in ("end", "start"))
+    effects = [end - start for end, start in zip(ends, starts, strict=True)]
+    return _Estimate(effects, [0 * e for e in effects], "recorded weights", 0)
+
+
+def subtract(lineage: Lineage, stage: StageReader) -> _Estimate:
+    """Take the stage's displacement out of the final weights, shrunk by later weight decay, and measure.
+
+    Exact for the last stage. For earlier ones it ignores how later stages would have trained from other weights; the
+    error bar is the disagreement with the stage's own change, which ignores later stages altogether.
+    """
+    later = lineage.later(stage)
+    removal = subtracted(stage_change(stage, stage.snapshot("start"), stage.snapshot("end")), later)
+    final = lineage.measure({})
+    if not later:
+        return change(lineage, stage)
+    with moved(lineage.model, removal):
+        without = lineage.measure({})
+    effects = [f - w for f, w in zip(final, without, strict=True)]
+    during = change(lineage, stage).effects
+    return _Estimate(effects, [(e - c).abs() for e, c in zip(effects, during, strict=True)], "moved weights", 0)
+
+
+def retrained(lineage: Lineage, stage: StageReader) -> _Estimate:
+    """Run the later stages again from the stage's start: the definition of the skip effect.
+
+    Exact for the recorded batches, order and learning rates if the programs are those of the recording, which
+    ``Analyzer.closure`` checks. Cost: optimizer steps run again.
+    """
+    later = lineage.later(stage)
+    weights = retrain(lineage.model, stage.snapshot("start"), later, lineage.programs or {})
+    effects = [f - w for f, w in zip(lineage.measure({}), lineage.measure(weights), strict=True)]
+    return _Estimate(effects, [0 * e for e in effects], "retrained weights", sum(s.count("steps") for s in later))
+
+
+def automatic(lineage: Lineage, stage: StageReader) -> tuple[str, _Estimate]:
+    """The cheapest method whose error bar is acceptable: ``subtract``, else ``retrain`` if programs are given."""
+    cheap = subtract(lineage, stage)
+    reliable = all(bool(bar.mean() <= RELIABLE * e.mean().abs()) for e, bar in zip(*_pairs(cheap), strict=True))
+    covered = all(later.name in (lineage.programs or {}) for later in lineage.later(stage))
+    if reliable or not covered:
+        return "subtract", cheap
+    return "retrain", retrained(lineage, stage)
+
+
+METHODS: dict[str, Callable[[Lineage, StageReader], _Estimate]] = {
+    "change": change,
+    "subtract": subtract,
+    "retrain": retrained,
+}
+
+
+def stage_effects(lineage: Lineage, methods: Sequence[str]) -> StageEffects:
+    """Effects of every stage on every behavior by every method.
+
+    Raises:
+        ConfigurationError: an unknown method.
+        MissingProgramError: ``retrain`` without the programs of all later stages.
+    """
+    unknown = [method for method in methods if method not in (*METHODS, "auto")]
+    if unknown:
+        raise ConfigurationError(f"Unknown method {unknown}.", fix=f"use one or several of {['auto', *METHODS]}.")
+    if "retrain" in methods:
+        check_programs(lineage.stages[1:], lineage.programs)
+    rows: list[Effect] = []
+    for stage in lineage.stages:
+        for method in methods:
+            name, found = automatic(lineage, stage) if method == "auto" else (method, METHODS[method](lineage, stage))
+            rows += _rows(lineage, stage, name, found)
+    return StageEffects(tuple(rows), tuple(_caveats({row.method for row in rows})))
+
+
+def _rows(lineage: Lineage, stage: StageReader, method: str, found: _Estimate) -> list[Effect]:
+    rows = []
+    for behavior, effects, bars in zip(lineage.behaviors, *_pairs(found), strict=True):
+        for query, effect, bar in zip(behavior.queries, effects.tolist(), bars.tolist(), strict=True):
+            reliable = bar <= RELIABLE * abs(effect)
+            rows.append(
+                Effect(behavior.name, query, stage.name, method, found.read_out, effect, bar, reliable, found.cost)
+            )
+    return rows
+
+
+def _pairs(found: _Estimate) -> tuple[list[Tensor], list[Tensor]]:
+    return found.effects, found.error_bars
+
+
+def _caveats(methods: set[str]) -> list[str]:
+    said = {
+        "change": "change is what happened during a stage; it is not what the model would be without the stage",
+        "subtract": "subtract ignores how later stages would have trained from other weights; its error bar is its "
+        "disagreement with change",
+        "retrain": "retrain is exact for the recorded batches and order; another data order would differ by the "
+        "noise of training, which is not measured here",
+    }
+    return [text for method, text in said.items() if method in methods]

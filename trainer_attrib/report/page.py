@@ -1,0 +1,102 @@
+"""Blocks -> one HTML file that asks nobody for anything: no script, no font, no image from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import os
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from trainer_attrib.report.blocks import Bars, Block, Curves, Example, Grid, Notes, Ranking, Rankings
+from trainer_attrib.report.charts import bars_svg, curve_svg, shown
+from trainer_attrib.version import __version__
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def page(title: str, blocks: Sequence[Block], subtitle: str = "") -> str:
+    """The whole page."""
+    style = resources.files("trainer_attrib.report").joinpath("page.css").read_text()
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{_text(title)}</title>'
+        f"<style>{style}</style></head><body><main><header><h1>{_text(title)}</h1><p>{_text(subtitle)}</p></header>"
+        f"{fragment(blocks)}<footer>trainer-attrib {__version__}. This page is one file and loads nothing.</footer>"
+        "</main></body></html>"
+    )
+
+
+def fragment(blocks: Sequence[Block]) -> str:
+    """The blocks alone, for a notebook."""
+    return "".join(_block(block) for block in blocks)
+
+
+def write_page(path: str | os.PathLike[str], title: str, blocks: Sequence[Block], subtitle: str = "") -> Path:
+    """Write the page as a whole; an existing file is replaced only by a complete one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".html")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(page(title, blocks, subtitle))
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, target)
+    return target
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Notes():
+            inner = "<ul>" + "".join(f"<li>{_text(line)}</li>" for line in block.lines) + "</ul>" if block.lines else ""
+        case Grid():
+            inner = _grid(block) + _note(block.note)
+        case Bars():
+            inner = bars_svg(block) + (f'<p class="unit">{_text(block.unit)}</p>' if block.unit else "")
+            inner += _note(block.note)
+        case Curves():
+            inner = f'<div class="curves">{"".join(curve_svg(c) for c in block.curves)}</div>' + _note(block.note)
+        case Rankings():
+            inner = _note(block.note) + "".join(_ranking(r, first=i == 0) for i, r in enumerate(block.rankings))
+    return f"<section><h2>{_text(block.title)}</h2>{inner}</section>" if inner else ""
+
+
+def _grid(block: Grid) -> str:
+    head = "".join(f"<th>{_text(column)}</th>" for column in block.columns)
+    rows = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in block.rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _cell(value: object) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f'<td class="n">{shown(value)}</td>' if number else f"<td>{_text(shown(value))}</td>"
+
+
+def _ranking(ranking: Ranking, *, first: bool) -> str:
+    sides = (("proponents", "made it more likely", ranking.top), ("opponents", "made it less likely", ranking.bottom))
+    columns = "".join(
+        f'<div class="{kind}"><h3>{kind} <small>{why}</small></h3><ol>{"".join(map(_example, examples))}</ol></div>'
+        for kind, why, examples in sides
+    )
+    return (
+        f"<details{' open' if first else ''}><summary>{_text(ranking.query)}</summary>"
+        f'<div class="sides">{columns}</div></details>'
+    )
+
+
+def _example(example: Example) -> str:
+    facts = " · ".join(filter(None, [example.name, example.source, f"{example.stage}, step {example.step}"]))
+    return (
+        f'<li><b class="score">{example.score:+.3g}</b><p class="text">{_text(example.text or "(no text recorded)")}</p>'
+        f'<p class="facts">{_text(facts)}</p></li>'
+    )
+
+
+def _note(note: str) -> str:
+    return f'<p class="note">{_text(note)}</p>' if note else ""
+
+
+def _text(text: str) -> str:
+    """Escaped; NUL and direction overrides made visible, since training text must not reorder what is around it."""
+    hidden = {0: "␀", **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")}
+    return html.escape(text.translate(hidden))
