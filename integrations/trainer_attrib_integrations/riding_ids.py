@@ -32,7 +32,7 @@ class WithIds:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._named(self.dataset[index], index)
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:  # noqa: D102 - torch's batched fetch
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(indices) if fetch is not None else [self.dataset[i] for i in indices]
         return [self._named(item, index) for item, index in zip(items, indices, strict=True)]
@@ -49,6 +49,7 @@ class SetAside:
         self.collate = collate
 
     def __call__(self, items: list[Any]) -> Any:
+        """Collate without the ids, then add them."""
         if not (items and isinstance(items[0], dict) and KEY in items[0]):
             return self.collate(items)
         names = [item[KEY] for item in items]

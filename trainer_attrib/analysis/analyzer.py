@@ -80,8 +80,8 @@ class Analyzer:
         unknown = set(stages or ()) - {stage.name for stage in chosen}
         if unknown or not chosen:
             raise ConfigurationError(
-                f"Stages {sorted(unknown)} did not lead to this model; its stages are {[s.name for s in self.lineage]}.",
-                fix="choose among these.",
+                f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
+                fix="choose among those.",
             )
         return influences.influence(self.model, chosen, list(behaviors), recipe)
 

@@ -102,7 +102,7 @@ class Behavior:
         *,
         batch_size: int = 32,
     ) -> Behavior:
-        """Log-probability of the right completion minus that of the wrong one, in nats: above 0 the model prefers it."""
+        """Log-probability of the right completion minus that of the wrong one, in nats; above 0 it prefers it."""
         items = [
             (encode_pair(tokenizer, p, r), encode_pair(tokenizer, p, w))
             for p, r, w in _zip(name, prompts, right, wrong)

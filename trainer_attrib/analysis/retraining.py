@@ -54,7 +54,8 @@ def retrain(
     Raises:
         MissingProgramError: a stage has no program.
     """
-    return _last(_weights_after(model, start, stages, programs), start)
+    weights = [start, *_weights_after(model, start, stages, programs)]
+    return weights[-1]
 
 
 def closure(
@@ -120,13 +121,6 @@ def _copy(model: nn.Module) -> nn.Module:
     if getattr(patched, "__wrapped__", None) is type(copied).forward:
         del copied.__dict__["forward"]
     return copied
-
-
-def _last(weights: Iterator[dict[str, Tensor]], start: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = start
-    for found in weights:
-        pass
-    return found
 
 
 @contextmanager

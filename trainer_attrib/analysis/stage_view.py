@@ -19,13 +19,13 @@ def ledger_blocks(stages: Sequence[StageReader]) -> list[Block]:
             (
                 stage.name,
                 stage.meta["status"],
-                stage.parent or "–",
+                stage.parent or "-",
                 steps.num_rows,
                 stage.count("rows"),
                 stage.count("examples"),
                 round(stage.bytes / 1e6, 1),
                 f"{(stage.meta['coverage'] or {}).get('share', 0):.0%}",
-                f"{(stage.meta['overhead'] or {}).get('share', float('nan')):.0%}",
+                "n/a" if stage.meta["overhead"] is None else f"{stage.meta['overhead']:.0%}",
                 max(residuals, default=float("nan")),
             )
         )

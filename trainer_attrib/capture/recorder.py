@@ -1,9 +1,8 @@
-"""The recorder: watches one stage of training from inside the process. Every framework callback is a shell around it."""
+"""The recorder watches one stage from inside the training process. Every framework callback is a shell around it."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from trainer_attrib.capture import coverage as checks
 from trainer_attrib.capture.batch import open_micro_batch, watch_output
 from trainer_attrib.capture.messages import logger, show_messages
+from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.optimizer_tap import OptimizerTap, correction_unavailable, second_moment
 from trainer_attrib.capture.stage_facts import audited_scalars, preflight_lines, stage_facts, step_row
 from trainer_attrib.capture.window import Describe, Known, MicroBatch, RowMaker, Window
@@ -28,7 +28,6 @@ from trainer_attrib.tap.projections import Factors, Projections
 from trainer_attrib.types import Correction, Layout, SketchConfig
 
 FIRST_REFRESH, REFRESH_GROWTH = 4, 3  # second moments are refreshed after steps 4, 12, 36, 108, ...
-METERED_STEPS = 10
 
 
 class Recorder:
@@ -95,7 +94,7 @@ class Recorder:
         self._keep: Tensor | None = None
         self._handles: list[Any] = []
         self._running, self._explicit = False, False
-        self._began = self._spent = 0.0
+        self._meter = Meter()
         self._next_refresh = FIRST_REFRESH
         self.step = 0
         self.epoch: float | None = None
@@ -123,7 +122,7 @@ class Recorder:
         ]
         self._tap.attach()
         self._optimizer_tap.attach()
-        self._running, self._began = True, time.perf_counter()
+        self._running = True
         return self
 
     def finish(self) -> None:
@@ -211,10 +210,14 @@ class Recorder:
             self.attempt(lambda: watch_output(micro, kwargs, output))
 
     def _after_step(self) -> None:
-        if self._running:
-            began = time.perf_counter()
+        if not self._running:
+            return
+        with self._meter.own():
             self.attempt(self._close_window)
-            self._meter(began)
+        share = self._meter.after_step(self._tap)
+        if share is not None and self._running:
+            self.attempt(lambda: self._journal.update(overhead=share))
+            logger.info("stage '%s': capture took %.1f%% of the first steps' time", self._stage, 100 * share)
 
     def _close_window(self) -> None:
         self.step += 1
@@ -286,18 +289,6 @@ class Recorder:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: parameter.data for name, parameter in self._parameters.items()}
-
-    def _meter(self, began: float) -> None:
-        """Measure the recorder's share of the first steps, and say it once."""
-        now = time.perf_counter()
-        self._spent += now - began
-        if self.step == 1:
-            self._began, self._spent, self._tap.seconds = now, 0.0, 0.0  # the first step pays for set-up
-        elif self.step == METERED_STEPS:
-            own = self._spent + self._tap.seconds
-            share = own / max(now - self._began - own, 1e-9)
-            self._journal.update(overhead={"share": share, "steps": METERED_STEPS - 1})
-            logger.info("stage '%s': capture took %.1f%% of the first steps' time", self._stage, 100 * share)
 
     # ---- faults ---------------------------------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ def audited_scalars(
     """The step's numbers that live on the device."""
     scalars = {}
     if gradients:
-        scalars["gradient_norm"] = torch.stack(torch._foreach_norm(gradients)).norm()
+        scalars["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
     if losses:
         scalars["loss"] = torch.stack([loss.float() for loss in losses]).sum()
     if audited is not None:

@@ -1,1 +1,1 @@
-"""Callbacks for the frameworks: import ``trainer_attrib.integrations.huggingface``. The code is in ``integrations/``."""
+"""Callbacks for the frameworks: import ``trainer_attrib.integrations.huggingface``. Code: ``integrations/``."""

@@ -147,8 +147,8 @@ class Storage:
         except OSError as error:
             raise LedgerNotWritableError(
                 f"Cannot write {self.path(name)}: {error.strerror or error}.",
-                cause="the directory is read-only or belongs to another user, a file stands in its place, or the disk is full.",
-                fix="choose another ledger directory, or change this one's permissions; what was sealed before is intact.",
+                cause="the directory is read-only, a file stands in its place, or the disk is full.",
+                fix="choose another ledger directory, or make room or change permissions; what was sealed is intact.",
             ) from None
 
 

@@ -20,7 +20,7 @@ def shown(value: object) -> str:
     if not isinstance(value, float):
         return "" if value is None else str(value)
     if math.isnan(value):
-        return "–"
+        return "n/a"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 

@@ -20,7 +20,8 @@ def page(title: str, blocks: Sequence[Block], subtitle: str = "") -> str:
     """The whole page."""
     style = resources.files("trainer_attrib.report").joinpath("page.css").read_text()
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{_text(title)}</title>'
         f"<style>{style}</style></head><body><main><header><h1>{_text(title)}</h1><p>{_text(subtitle)}</p></header>"
         f"{fragment(blocks)}<footer>trainer-attrib {__version__}. This page is one file and loads nothing.</footer>"
@@ -87,7 +88,7 @@ def _ranking(ranking: Ranking, *, first: bool) -> str:
 def _example(example: Example) -> str:
     facts = " · ".join(filter(None, [example.name, example.source, f"{example.stage}, step {example.step}"]))
     return (
-        f'<li><b class="score">{example.score:+.3g}</b><p class="text">{_text(example.text or "(no text recorded)")}</p>'
+        f'<li><b class="score">{example.score:+.3g}</b><p class="text">{_text(example.text or "(no text)")}</p>'
         f'<p class="facts">{_text(facts)}</p></li>'
     )
 

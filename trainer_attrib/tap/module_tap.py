@@ -130,7 +130,7 @@ class ModuleTap:
         input_axis = site.rule.input_axis
         of_input, of_output = pair.sides[input_axis], pair.sides[1 - input_axis]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            input_BSK = _as_BSK(site.rule.project_input(site.module, x.detach(), of_input, bias), output)
+            input_BSK = _three_axes(site.rule.project_input(site.module, x.detach(), of_input, bias), output)
         record.forwards[site.name] += not recomputed
 
         def after_backward(gradient: Tensor | None) -> None:
@@ -139,7 +139,7 @@ class ModuleTap:
             began = time.perf_counter()
             try:
                 with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-                    output_BSK = _as_BSK(F.linear(gradient.to(of_output.dtype), of_output), gradient)
+                    output_BSK = _three_axes(F.linear(gradient.to(of_output.dtype), of_output), gradient)
                     factors = (input_BSK, output_BSK) if input_axis == 0 else (output_BSK, input_BSK)
                     record.add(site.weight, *factors)
                 record.backwards[site.name] += 1
@@ -172,7 +172,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
-def _as_BSK(projected: Tensor, like: Tensor) -> Tensor:
+def _three_axes(projected: Tensor, like: Tensor) -> Tensor:
     """[B, ..., K] with everything between the batch and the projected axis flattened; a missing axis is length 1."""
     return projected.reshape(like.shape[0], -1, projected.shape[-1])
 

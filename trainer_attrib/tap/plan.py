@@ -137,7 +137,8 @@ def _weight_plan(
 ) -> WeightPlan:
     owner = model.get_submodule(modules[0])
     rule = rule_for(owner)
-    assert rule is not None and isinstance(owner.weight, Tensor)
+    assert rule is not None
+    assert isinstance(owner.weight, Tensor)
     rows, columns = owner.weight.shape
     bias = getattr(owner, "bias", None)
     with_bias = isinstance(bias, Tensor) and bias.requires_grad
@@ -164,5 +165,5 @@ def _nothing_to_capture(model: nn.Module, config: SketchConfig, reasons: dict[st
         f"exclude={list(config.exclude)}. Its trainable layers are of type {kinds}; known types are "
         f"{list(known_layers())}.",
         cause=why,
-        fix="widen `modules`, unfreeze weights, or register the layer type with trainer_attrib.tap.layers.register_layer.",
+        fix="widen `modules`, unfreeze weights, or register the layer type (tap.layers.register_layer).",
     )

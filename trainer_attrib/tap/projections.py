@@ -46,7 +46,8 @@ class Projections:
         left = projection(self.plan.seed, weight.name, shape, 0, self.plan.rank)
         right = projection(self.plan.seed, weight.name, shape, 1, self.plan.rank)
         if weight.name in factors:
-            row_scale_R, column_scale_C = inverse_root(*(f.double().cpu() for f in factors[weight.name]))
+            rows_R, columns_C = factors[weight.name]
+            row_scale_R, column_scale_C = inverse_root(rows_R.double().cpu(), columns_C.double().cpu())
             left, right = left * row_scale_R, right * column_scale_C
         left, right = left.to(self._like[weight.name]), right.to(self._like[weight.name])
         if not weight.bias:

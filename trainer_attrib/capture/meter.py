@@ -1,0 +1,40 @@
+"""How much of a step's time capture takes, measured on the first steps and said once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trainer_attrib.tap.module_tap import ModuleTap
+
+STEPS = 10
+
+
+class Meter:
+    """Compares the time spent inside the recorder's hooks with the rest of steps 2 to 10 (the first pays for set-up).
+
+    On a GPU this is the time of the host, which only launches the work.
+    """
+
+    def __init__(self) -> None:
+        self._step, self._began, self._spent = 0, 0.0, 0.0
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Count the block as the recorder's own time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent += time.perf_counter() - began
+
+    def after_step(self, tap: ModuleTap) -> float | None:
+        """The recorder's share of the training's own time, once, after step 10; None otherwise."""
+        self._step += 1
+        if self._step == 1:
+            self._began, self._spent, tap.seconds = time.perf_counter(), 0.0, 0.0
+        if self._step != STEPS:
+            return None
+        spent = self._spent + tap.seconds
+        return spent / max(time.perf_counter() - self._began - spent, 1e-9)
