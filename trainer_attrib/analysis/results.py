@@ -73,8 +73,11 @@ class StageEffects(_Result):
         The error bar of a mean is the mean of the error bars: estimates of one method err together, so that averaging
         queries does not shrink it.
         """
-        keys = dict.fromkeys((r.behavior, r.stage, r.method) for r in self.rows)
-        return [_mean([r for r in self.rows if (r.behavior, r.stage, r.method) == key]) for key in keys]
+        groups: dict[tuple[str, str, str], list[Effect]] = {}
+        for row in self.rows:
+            groups.setdefault((row.behavior, row.stage, row.method), []).append(row)
+        behaviors = list(dict.fromkeys(row.behavior for row in self.rows))
+        return sorted((_mean(rows) for rows in groups.values()), key=lambda mean: behaviors.index(mean.behavior))
 
     def blocks(self) -> list[Block]:
         """Bars per behavior, the table of means, the caveats."""
@@ -105,11 +108,13 @@ class StageEffects(_Result):
         return figure
 
     def __repr__(self) -> str:
+        means = {(m.behavior, m.stage, m.method): m for m in self.summary()}
+        methods = list(dict.fromkeys(method for _, _, method in means))
         rows = [
-            (m.behavior, m.stage, m.method, f"{m.effect:+.3f}", f"± {m.error_bar:.3f}", "" if m.reliable else "unsure")
-            for m in self.summary()
+            (behavior, stage, *(_cell(means.get((behavior, stage, method))) for method in methods), "")
+            for behavior, stage in dict.fromkeys((b, s) for b, s, _ in means)
         ]
-        return aligned(("behavior", "stage", "method", "effect", "error bar", ""), rows, self.caveats)
+        return aligned(("behavior", "stage", *methods, ""), rows, self.caveats)
 
 
 @dataclass(frozen=True)
@@ -188,11 +193,14 @@ class Influence(_Result):
         return figure
 
     def __repr__(self) -> str:
-        rows = [
-            (row["query"], f"{row['score']:+.3f}", row["stage"], row["example"], row["text"] or "")
-            for row in self.top(3).to_pylist()[:30]
-        ]
-        return aligned(("query", self.recipe, "stage", "example", "text"), rows, self.caveats)
+        lines = []
+        for query in range(min(len(self.queries), 5)):
+            rows = [self._row(query, n, int(at)) for n, at in enumerate(self._order(query, 3, largest=True))]
+            cells = [(f"{r['score']:+.3f}", r["stage"], r["example"], r["text"] or "") for r in rows]
+            lines += [f"{self.behaviors[query]}: {self.queries[query]}", aligned((), cells), ""]
+        hidden = len(self.queries) - 5
+        lines += [f"... and {hidden} more queries"] if hidden > 0 else []
+        return "\n".join([*lines, *(f"note: {caveat}" for caveat in self.caveats)])
 
     def _order(self, query: int, k: int, *, largest: bool) -> np.ndarray:
         return rank(self.scores[query], self.examples.ids.astype(str), k, largest=largest)
@@ -219,6 +227,13 @@ class Influence(_Result):
         return [
             Example(r["score"], r["example"], r["stage"], r["step"], r["source"] or "", r["text"] or "") for r in rows
         ]
+
+
+def _cell(mean: Effect | None) -> str:
+    if mean is None:
+        return ""
+    bar = f" ± {mean.error_bar:.2f}" if mean.error_bar else ""
+    return f"{mean.effect:+.2f}{bar}{'' if mean.reliable else ' unsure'}"
 
 
 def _mean(rows: Iterable[Effect]) -> Effect:

@@ -10,12 +10,16 @@ from trainer_attrib.errors import MissingExtraError
 
 
 def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """A table as text; the last column is cut to the terminal's width."""
+    """A table as text, its last column cut to the terminal's width; without column names it has no head."""
     one_line = [[" ".join(cell.split()) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(columns), *one_line]) for i in range(len(columns) - 1)]
+    cells = [list(columns), *one_line] if columns else one_line
+    if not cells:
+        return ""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
     width = shutil.get_terminal_size((120, 24)).columns
-    lines = [_line(row, widths, width) for row in [list(columns), *one_line]]
-    return "\n".join([lines[0], "-" * min(width, max(map(len, lines))), *lines[1:], *(f"note: {n}" for n in notes)])
+    lines = [_line(row, widths, width) for row in cells]
+    head = [lines.pop(0), "-" * min(width, max(map(len, lines), default=0))] if columns else []
+    return "\n".join([*head, *lines, *(f"note: {note}" for note in notes)])
 
 
 def require_matplotlib() -> Any:

@@ -15,6 +15,8 @@ from trainer_attrib.tap.projections import Projections
 
 AUDIT_LIMIT = 1e-2  # float32 leaves about 1e-6, bf16 about 4e-3, a missed contribution 0.1 and more
 
+SILENT = "none of its layers fired"
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -43,7 +45,7 @@ class Coverage:
         fired = self.expected - len(self.silent)
         lines = [f"{fired} of {self.expected} layers fired; rows cover {self.share:.1%} of the trainable parameters"]
         lines += [f"  silent: {name}: {why}" for name, why in self.silent.items()]
-        lines += [f"  left out: {name}: {why}" for name, why in self.partial.items()]
+        lines += [f"  left out: {name}: {why}" for name, why in self.partial.items() if why != SILENT]
         kinds: dict[str, int] = {}
         for why in self.uncovered.values():
             kinds[why] = kinds.get(why, 0) + 1
@@ -102,7 +104,7 @@ def _why_partial(
     projections: Projections,
 ) -> str:
     if not fired & set(weight.modules):
-        return "none of its layers fired"
+        return SILENT
     audited = None if captured is None else audit(weight, captured, parameters, projections)
     residual = float("nan") if audited is None else float(audited[1])
     if residual > AUDIT_LIMIT:

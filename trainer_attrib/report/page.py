@@ -63,14 +63,21 @@ def _block(block: Block) -> str:
 
 
 def _grid(block: Grid) -> str:
-    head = "".join(f"<th>{_text(column)}</th>" for column in block.columns)
+    first = block.rows[0] if block.rows else [""] * len(block.columns)
+    head = "".join(
+        f"<th{' class=n' if _is_number(value) else ''}>{_text(column)}</th>"
+        for column, value in zip(block.columns, first, strict=True)
+    )
     rows = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in block.rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _cell(value: object) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f'<td class="n">{shown(value)}</td>' if number else f"<td>{_text(shown(value))}</td>"
+    return f'<td class="n">{shown(value)}</td>' if _is_number(value) else f"<td>{_text(shown(value))}</td>"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _ranking(ranking: Ranking, *, first: bool) -> str:
