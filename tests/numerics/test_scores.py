@@ -1,0 +1,66 @@
+"""Scores have the promised sign and range, and rankings do not depend on storage order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer_attrib.numerics.scores import grad_cos, grad_dot, rank
+from trainer_attrib.numerics.sketching import unit_rows
+
+
+def _data(seed: int, n: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 5, generator=generator), torch.randn(n, 5, generator=generator)
+
+
+def test_training_that_raises_a_behavior_scores_positive() -> None:
+    """A step on an example moves weights against its loss gradient; a behavior growing that way gets a plus."""
+    loss_gradient = torch.tensor([[1.0, -2.0]])
+    unit, norms = unit_rows(loss_gradient)
+    assert float(grad_dot(-loss_gradient, unit, norms)) == 5.0
+    assert abs(float(grad_cos(-3 * loss_gradient, unit, norms)) - 1) < 1e-6
+
+
+def test_dot_is_the_negative_inner_product() -> None:
+    queries, rows = _data(0)
+    unit, norms = unit_rows(rows)
+    assert torch.allclose(grad_dot(queries, unit, norms), -queries @ rows.T, atol=1e-5)
+
+
+@given(st.integers(0, 1000), st.floats(1e-3, 1e3))
+@settings(deadline=None, max_examples=40)
+def test_cosine_is_bounded_and_ignores_lengths(seed: int, length: float) -> None:
+    queries, rows = _data(seed)
+    unit, norms = unit_rows(rows)
+    scores = grad_cos(queries, unit, norms)
+    assert float(scores.abs().max()) <= 1 + 1e-5
+    assert torch.allclose(grad_cos(queries * length, unit, norms * length), scores, atol=1e-5)
+
+
+def test_zero_sides_score_zero() -> None:
+    queries, rows = _data(1)
+    rows[2], queries[0] = 0, 0
+    unit, norms = unit_rows(rows)
+    scores = grad_cos(queries, unit, norms)
+    assert not scores[:, 2].any()
+    assert not scores[0].any()
+
+
+@given(st.integers(0, 1000), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_ranking_breaks_ties_by_id_whatever_the_order(seed: int, largest: bool) -> None:
+    random = np.random.default_rng(seed)
+    scores, ids = random.integers(0, 3, 12).astype(float), np.array([f"{i:02d}" for i in range(12)])
+    order = random.permutation(12)
+    first = ids[rank(scores, ids, 6, largest=largest)]
+    second = ids[order][rank(scores[order], ids[order], 6, largest=largest)]
+    assert first.tolist() == second.tolist()
+    kept = np.sort(scores)[::-1][:6] if largest else np.sort(scores)[:6]
+    assert scores[[ids.tolist().index(i) for i in first]].tolist() == kept.tolist()
+
+
+def test_unknown_scores_are_not_ranked() -> None:
+    assert rank(np.array([1.0, np.nan, 2.0]), np.array(["a", "b", "c"]), 3, largest=True).tolist() == [2, 0]
