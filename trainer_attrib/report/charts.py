@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 
 from trainer_attrib.report.blocks import Bar, Bars, Curve
+from trainer_attrib.report.escape import escaped
 
 _LABELS, _WIDTH, _ROW, _GAP = 190, 520, 15, 14  # pixels
 
@@ -33,7 +33,7 @@ def bars_svg(chart: Bars) -> str:
     for group in groups:
         members = [bar for bar in chart.bars if bar.group == group]
         middle = y + len(members) * _ROW / 2 + 4
-        rows.append(f'<text class="label" x="{_LABELS - 10}" y="{middle:.0f}">{html.escape(group)}</text>')
+        rows.append(f'<text class="label" x="{_LABELS - 10}" y="{middle:.0f}">{escaped(group)}</text>')
         for bar in members:
             rows.append(_bar(bar, series.index(bar.series), y, low, high))
             y += _ROW
@@ -41,10 +41,10 @@ def bars_svg(chart: Bars) -> str:
     zero = _x(0.0, low, high)
     axis = f'<line class="axis" x1="{zero:.1f}" x2="{zero:.1f}" y1="0" y2="{y - _GAP + 4:.0f}"/>'
     legend = "".join(
-        f'<span class="key"><i class="s{i % 6}"></i>{html.escape(name)}</span>' for i, name in enumerate(series)
+        f'<span class="key"><i class="s{i % 6}"></i>{escaped(name)}</span>' for i, name in enumerate(series)
     )
     size = f'viewBox="0 0 {_LABELS + _WIDTH + 70} {y:.0f}" width="{_LABELS + _WIDTH + 70}"'
-    label = html.escape(f"{chart.title}; the same numbers are in the table below", quote=True)
+    label = escaped(f"{chart.title}; the same numbers are in the table below")
     return f'<div class="legend">{legend}</div><svg role="img" aria-label="{label}" {size}>{axis}{"".join(rows)}</svg>'
 
 
@@ -60,7 +60,7 @@ def curve_svg(curve: Curve, width: int = 260, height: int = 90) -> str:
         f"{4 + (x - first[0]) / span_x * (width - 8):.1f},{height - 4 - (y - low) / span_y * (height - 8):.1f}"
         for x, y in _thinned(points)
     )
-    name = html.escape(curve.name)
+    name = escaped(curve.name)
     return (
         f'<figure><figcaption>{name}: {shown(first[1])} → {shown(last[1])}</figcaption><svg role="img" '
         f'aria-label="{name}" viewBox="0 0 {width} {height}" width="{width}"><rect class="frame" width="{width}" '
@@ -74,7 +74,7 @@ def _bar(bar: Bar, series: int, y: float, low: float, high: float) -> str:
     middle = y + _ROW / 2 - 1
     parts = [
         f'<rect class="s{series % 6}{"" if bar.certain else " unsure"}" x="{left:.1f}" y="{y:.1f}" '
-        f'width="{length:.1f}" height="{_ROW - 3}"><title>{html.escape(bar.series)}: {shown(bar.value)} ± '
+        f'width="{length:.1f}" height="{_ROW - 3}"><title>{escaped(bar.series)}: {shown(bar.value)} ± '
         f"{shown(bar.error)}</title></rect>"
     ]
     reach = end

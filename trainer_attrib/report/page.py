@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from trainer_attrib.report.blocks import Bars, Block, Curves, Example, Grid, Notes, Ranking, Rankings
 from trainer_attrib.report.charts import bars_svg, curve_svg, shown
+from trainer_attrib.report.escape import escaped
 from trainer_attrib.version import __version__
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -22,8 +22,8 @@ def page(title: str, blocks: Sequence[Block], subtitle: str = "") -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{_text(title)}</title>'
-        f"<style>{style}</style></head><body><main><header><h1>{_text(title)}</h1><p>{_text(subtitle)}</p></header>"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{escaped(title)}</title>'
+        f"<style>{style}</style></head><body><main><header><h1>{escaped(title)}</h1><p>{escaped(subtitle)}</p></header>"
         f"{fragment(blocks)}<footer>trainer-attrib {__version__}. This page is one file and loads nothing.</footer>"
         "</main></body></html>"
     )
@@ -49,23 +49,25 @@ def write_page(path: str | os.PathLike[str], title: str, blocks: Sequence[Block]
 def _block(block: Block) -> str:
     match block:
         case Notes():
-            inner = "<ul>" + "".join(f"<li>{_text(line)}</li>" for line in block.lines) + "</ul>" if block.lines else ""
+            inner = (
+                "<ul>" + "".join(f"<li>{escaped(line)}</li>" for line in block.lines) + "</ul>" if block.lines else ""
+            )
         case Grid():
             inner = _grid(block) + _note(block.note)
         case Bars():
-            inner = bars_svg(block) + (f'<p class="unit">{_text(block.unit)}</p>' if block.unit else "")
+            inner = bars_svg(block) + (f'<p class="unit">{escaped(block.unit)}</p>' if block.unit else "")
             inner += _note(block.note)
         case Curves():
             inner = f'<div class="curves">{"".join(curve_svg(c) for c in block.curves)}</div>' + _note(block.note)
         case Rankings():
             inner = _note(block.note) + "".join(_ranking(r, first=i == 0) for i, r in enumerate(block.rankings))
-    return f"<section><h2>{_text(block.title)}</h2>{inner}</section>" if inner else ""
+    return f"<section><h2>{escaped(block.title)}</h2>{inner}</section>" if inner else ""
 
 
 def _grid(block: Grid) -> str:
     first = block.rows[0] if block.rows else [""] * len(block.columns)
     head = "".join(
-        f"<th{' class=n' if _is_number(value) else ''}>{_text(column)}</th>"
+        f"<th{' class=n' if _is_number(value) else ''}>{escaped(column)}</th>"
         for column, value in zip(block.columns, first, strict=True)
     )
     rows = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in block.rows)
@@ -73,7 +75,7 @@ def _grid(block: Grid) -> str:
 
 
 def _cell(value: object) -> str:
-    return f'<td class="n">{shown(value)}</td>' if _is_number(value) else f"<td>{_text(shown(value))}</td>"
+    return f'<td class="n">{shown(value)}</td>' if _is_number(value) else f"<td>{escaped(shown(value))}</td>"
 
 
 def _is_number(value: object) -> bool:
@@ -87,7 +89,7 @@ def _ranking(ranking: Ranking, *, first: bool) -> str:
         for kind, why, examples in sides
     )
     return (
-        f"<details{' open' if first else ''}><summary>{_text(ranking.query)}</summary>"
+        f"<details{' open' if first else ''}><summary>{escaped(ranking.query)}</summary>"
         f'<div class="sides">{columns}</div></details>'
     )
 
@@ -95,16 +97,10 @@ def _ranking(ranking: Ranking, *, first: bool) -> str:
 def _example(example: Example) -> str:
     facts = " · ".join(filter(None, [example.name, example.source, f"{example.stage}, step {example.step}"]))
     return (
-        f'<li><b class="score">{example.score:+.3g}</b><p class="text">{_text(example.text or "(no text)")}</p>'
-        f'<p class="facts">{_text(facts)}</p></li>'
+        f'<li><b class="score">{example.score:+.3g}</b><p class="text">{escaped(example.text or "(no text)")}</p>'
+        f'<p class="facts">{escaped(facts)}</p></li>'
     )
 
 
 def _note(note: str) -> str:
-    return f'<p class="note">{_text(note)}</p>' if note else ""
-
-
-def _text(text: str) -> str:
-    """Escaped; NUL and direction overrides made visible, since training text must not reorder what is around it."""
-    hidden = {0: "␀", **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")}
-    return html.escape(text.translate(hidden))
+    return f'<p class="note">{escaped(note)}</p>' if note else ""

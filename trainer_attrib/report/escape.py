@@ -1,0 +1,11 @@
+"""Text from elsewhere, made harmless: every string of a page goes through here."""
+
+from __future__ import annotations
+
+import html
+
+
+def escaped(text: str) -> str:
+    """Escaped; NUL and direction overrides made visible, since training text must not reorder what is around it."""
+    hidden = {0: "␀", **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")}
+    return html.escape(text.translate(hidden))
