@@ -193,7 +193,8 @@ class Ledger:
 
     def stages(self) -> list[StageReader]:
         """All stages, parents before children, then by the time they began."""
-        found = {name: StageReader(self.storage, name) for name in self.storage.names("stages")}
+        names = [n for n in self.storage.names("stages") if self.storage.exists(f"stages/{n}/stage.json")]
+        found = {name: StageReader(self.storage, name) for name in names}  # without stage.json it died being opened
         ordered = sorted(found.values(), key=lambda stage: (self._depth(stage, found), stage.meta["began"]))
         return ordered
 

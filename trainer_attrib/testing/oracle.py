@@ -28,7 +28,7 @@ def example_gradients(model: nn.Module, losses_of: Callable[[], Tensor], seed: i
         losses_of: runs the whole batch and returns its losses [B].
         seed: of the random state that every run starts from.
     """
-    return [_gradients(model, lambda: losses_of()[example], seed) for example in range(_count(losses_of, seed))]
+    return [_gradients(model, losses_of, example, seed) for example in range(_count(losses_of, seed))]
 
 
 def project_gradient(plan: SketchPlan, projections: Projections, gradients: Gradients) -> Tensor:
@@ -92,14 +92,14 @@ def _count(losses_of: Callable[[], Tensor], seed: int) -> int:
     return len(losses_of())  # with gradients, as reentrant checkpoints warn without
 
 
-def _gradients(model: nn.Module, loss_of: Callable[[], Tensor], seed: int) -> Gradients:
+def _gradients(model: nn.Module, losses_of: Callable[[], Tensor], example: int, seed: int) -> Gradients:
     """``backward`` rather than ``autograd.grad``, which reentrant checkpoints refuse. ``.grad`` is left as it was."""
     parameters = {name: p for name, p in parameters_by_name(model).items() if p.requires_grad}
     kept = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.grad = None
     torch.manual_seed(seed)
-    loss_of().backward()
+    losses_of()[example].backward()
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in parameters.items()}
     for name, p in parameters.items():
         p.grad = kept[name]
