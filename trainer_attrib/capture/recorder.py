@@ -22,7 +22,7 @@ from trainer_attrib.ledger.journal import StageJournal, check_place
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.ledger.writer import StageWriter
 from trainer_attrib.numerics.second_moment import factor
-from trainer_attrib.tap.module_tap import ModuleTap
+from trainer_attrib.tap.module_tap import ModuleTap, Unwatched
 from trainer_attrib.tap.plan import WeightPlan, parameters_by_name, plan_sketch
 from trainer_attrib.tap.projections import Factors, Projections
 from trainer_attrib.types import Correction, Layout, SketchConfig
@@ -117,8 +117,8 @@ class Recorder:
         for line in preflight_lines(self._stage, self._plan, self._sketch, self._journal.meta):
             logger.info(line)
         self._handles = [
-            self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
-            self._model.register_forward_hook(self._after_forward, with_kwargs=True),
+            self._model.register_forward_pre_hook(Unwatched(self._before_forward), with_kwargs=True, prepend=True),
+            self._model.register_forward_hook(Unwatched(self._after_forward), with_kwargs=True),
         ]
         self._tap.attach()
         self._optimizer_tap.attach()

@@ -25,6 +25,27 @@ from trainer_attrib.tap.projections import Projections
 from trainer_attrib.types import Layout
 
 
+class Unwatched:
+    """A hook that stays behind: deep copies and pickles of the model carry one that does nothing.
+
+    Training code copies its model for an average of the weights or pickles it whole; neither may fail on what the
+    hooks hold, nor may the copy's passes be recorded.
+    """
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._hook(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unwatched, (_nothing,)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 class Record:
     """The sketches of one forward pass, filled during its backward pass: ``sketches`` is [examples, width]."""
 
@@ -94,7 +115,8 @@ class ModuleTap:
     def attach(self) -> ModuleTap:
         """Register the hooks."""
         for site in self._sites:
-            self._handles.append(site.module.register_forward_hook(self._forward_hook(site), with_kwargs=True))
+            hook = Unwatched(self._forward_hook(site))
+            self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def detach(self) -> None:

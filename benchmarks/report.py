@@ -1,0 +1,67 @@
+"""What every benchmark shares: the environment beside the figures, checks with targets, one table, one JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("trainer-attrib", "torch", "numpy", "transformers", "trl")
+
+
+def options(description: str) -> argparse.Namespace:
+    """The arguments every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="minutes on 2 cores; writes nothing")
+    parser.add_argument("--seeds", type=int, default=None, help="repetitions")
+    return parser.parse_args()
+
+
+def check(value: float, target: float, *, most: bool = True) -> dict[str, Any]:
+    """A figure held against its target; a failed check stays in the file."""
+    ok = value <= target if most else value >= target
+    return {"value": round(value, 4), "target": f"{'<=' if most else '>='} {target}", "ok": ok}
+
+
+def publish(name: str, rows: list[dict[str, Any]], checks: dict[str, Any], *, quick: bool) -> None:
+    """Print the table and the checks; write the JSON file unless quick."""
+    columns = list(rows[0])
+    cells = [[_shown(row[column]) for column in columns] for row in rows]
+    widths = [max(len(c[i]) for c in [columns, *cells]) for i in range(len(columns))]
+    for line in [columns, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for label, held in checks.items():
+        print(f"{'ok  ' if held['ok'] else 'MISS'} {label}: {held['value']} (target {held['target']})")
+    if not quick:
+        RESULTS.mkdir(exist_ok=True)
+        command = f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip()
+        data = {"environment": _environment(), "command": command, "rows": rows, "checks": checks}
+        (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _environment() -> dict[str, Any]:
+    found = {"python": platform.python_version(), "machine": platform.machine(), "cpu": _cpu()}
+    found["threads"] = torch.get_num_threads()
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+    return names[0] if names else platform.processor()
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
