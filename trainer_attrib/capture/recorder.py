@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -93,7 +93,7 @@ class Recorder:
         self._corrects = False
         self._keep: Tensor | None = None
         self._handles: list[Any] = []
-        self._running, self._explicit = False, False
+        self._open = self._running = self._explicit = False
         self._meter = Meter()
         self._next_refresh = FIRST_REFRESH
         self.step = 0
@@ -122,16 +122,16 @@ class Recorder:
         ]
         self._tap.attach()
         self._optimizer_tap.attach()
-        self._running = True
+        self._open = self._running = True
         return self
 
     def finish(self) -> None:
         """The stage ran to its end: seal the parts, store the end snapshot."""
-        self._close("complete", "")
+        self._close("complete", "", reached_end=True)
 
     def interrupt(self, reason: str) -> None:
         """The stage broke off: seal what there is, mark it incomplete."""
-        self._close("incomplete", reason)
+        self._close("incomplete", reason, reached_end=False)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -193,9 +193,9 @@ class Recorder:
         self._tap.record = None
         captures = self.step % self._sketch.every_n_steps == 0
         if self._running and captures and (module.training or self._explicit):
-            self.attempt(lambda: self._open(args, kwargs))
+            self.attempt(lambda: self._open_record(args, kwargs))
 
-    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _open_record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep = self._describe is not None and self._known.texts is None
         micro = open_micro_batch(self._tap, args, kwargs, self._known, self._layout, keep_inputs=keep)
         if micro is not None:
@@ -297,7 +297,7 @@ class Recorder:
         if not self._running:
             return
         self.fault = fault
-        self.interrupt(f"capture fault: {type(fault).__name__}: {fault}")
+        self._seal()
         if self._strict:
             raise fault
         logger.warning(
@@ -313,18 +313,36 @@ class Recorder:
         while self._handles:
             self._handles.pop().remove()
 
-    def _close(self, status: str, reason: str) -> None:
-        if not self._running:
-            return
+    def _seal(self) -> None:
+        """Remove the hooks and seal what was captured, whatever else fails."""
         self._detach()
         try:
             self._writer.close()
-            self._journal.end(status, reason, self.step, self._weights() if status == "complete" else None)
         except Exception as fault:
-            self.fault = fault
+            self.fault = self.fault or fault
+        if self.fault is not None:
+            reason = f"capture fault at step {self.step}: {type(self.fault).__name__}: {self.fault}"
+            with suppress(Exception):  # the disk may be what failed; the caller hears of the first fault
+                self._journal.update(status="incomplete", reason=reason)
+
+    def _close(self, status: str, reason: str, *, reached_end: bool) -> None:
+        """Close an open stage. One that capture dropped out of still gets its end weights, which link its children."""
+        if not self._open:
+            return
+        self._open = False
+        known = self.fault
+        if self._running:
+            self._seal()
+        if self.fault is not None:
+            status, reason = "incomplete", self._journal.meta["reason"]
+        try:
+            self._journal.end(status, reason, self.step, self._weights() if reached_end else None)
+        except Exception as fault:
+            self.fault = self.fault or fault
+        if self.fault is not None and self.fault is not known:
             if self._strict:
-                raise
-            logger.warning("stage '%s' could not be closed: %s", self._stage, fault)
+                raise self.fault
+            logger.warning("stage '%s' could not be closed as a whole: %s", self._stage, self.fault)
 
 
 def _spread(count: int, total: int | None) -> list[int]:
