@@ -36,6 +36,7 @@ class Unwatched:
         self._hook = hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Call the hook."""
         self._hook(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
