@@ -65,6 +65,7 @@ class AttributionCallback(TrainerCallback):
         self._recorder: Recorder | None = None
         self._ids: RidingIds | None = None
         self._trainer: Trainer | None = None
+        self._replaced: dict[str, Any] = {}  # a training step that someone else had put on the trainer
 
     # ---- events -------------------------------------------------------------------------------------------------
 
@@ -119,6 +120,8 @@ class AttributionCallback(TrainerCallback):
                 self._ids = ids
             else:
                 logger.warning("column '%s' does not fit the loader's rows; ids are content hashes", self._columns[0])
+        own = self._trainer.__dict__
+        self._replaced = {"training_step": own["training_step"]} if "training_step" in own else {}
         self._trainer.training_step = self._naming(self._trainer.training_step)
 
     def _naming(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,8 +131,12 @@ class AttributionCallback(TrainerCallback):
         @functools.wraps(training_step)
         def named_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             ids, sources = RidingIds.take(inputs)
-            with recorder.batch(ids, sources=sources):
-                loss = training_step(model, inputs, *args, **kwargs)
+            try:
+                with recorder.batch(ids, sources=sources):
+                    loss = training_step(model, inputs, *args, **kwargs)
+            except BaseException as error:
+                self._stop(f"{type(error).__name__}: {error}")
+                raise
             recorder.note_loss(loss)
             return loss
 
@@ -157,6 +164,7 @@ class AttributionCallback(TrainerCallback):
         """Leave the trainer and its loader as they were."""
         if self._trainer is not None:
             self._trainer.__dict__.pop("training_step", None)
+            self._trainer.__dict__.update(self._replaced)
         if self._ids is not None:
             self._ids.remove()
         self._trainer = self._ids = None

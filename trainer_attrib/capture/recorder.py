@@ -15,19 +15,17 @@ from trainer_attrib.capture import coverage as checks
 from trainer_attrib.capture.batch import open_micro_batch, watch_output
 from trainer_attrib.capture.messages import logger, show_messages
 from trainer_attrib.capture.meter import Meter
-from trainer_attrib.capture.optimizer_tap import OptimizerTap, correction_unavailable, second_moment
+from trainer_attrib.capture.optimizer_tap import OptimizerTap
+from trainer_attrib.capture.second_moments import SecondMoments
 from trainer_attrib.capture.stage_facts import audited_scalars, preflight_lines, stage_facts, step_row
 from trainer_attrib.capture.window import Describe, Known, MicroBatch, RowMaker, Window
 from trainer_attrib.ledger.journal import StageJournal, check_place
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.ledger.writer import StageWriter
-from trainer_attrib.numerics.second_moment import factor
 from trainer_attrib.tap.module_tap import ModuleTap, Unwatched
 from trainer_attrib.tap.plan import WeightPlan, parameters_by_name, plan_sketch
-from trainer_attrib.tap.projections import Factors, Projections
-from trainer_attrib.types import Correction, Layout, SketchConfig
-
-FIRST_REFRESH, REFRESH_GROWTH = 4, 3  # second moments are refreshed after steps 4, 12, 36, 108, ...
+from trainer_attrib.tap.projections import Projections
+from trainer_attrib.types import Layout, SketchConfig
 
 
 class Recorder:
@@ -90,12 +88,10 @@ class Recorder:
         self._window, self._known = Window(), Known()
         self._rows: RowMaker | None = None
         self._audited: list[WeightPlan] = []
-        self._corrects = False
         self._keep: Tensor | None = None
         self._handles: list[Any] = []
         self._open = self._running = self._explicit = False
         self._meter = Meter()
-        self._next_refresh = FIRST_REFRESH
         self.step = 0
         self.epoch: float | None = None
         self.clip_threshold: float | None = None
@@ -107,10 +103,12 @@ class Recorder:
         """Open the stage and attach every hook."""
         show_messages()
         optimizer = self.optimizer
-        unavailable = correction_unavailable(optimizer) if self._sketch.correction == Correction.FACTORED else ""
-        self._corrects = self._sketch.correction == Correction.FACTORED and not unavailable
+        self._moments = SecondMoments(self._plan, optimizer, self._parameters, self._sketch.correction)
         trainable = {name for name, p in self._parameters.items() if p.requires_grad}
-        meta = stage_facts(self._model, optimizer, self._plan, self._sketch, trainable, unavailable) | self._facts
+        meta = (
+            stage_facts(self._model, optimizer, self._plan, self._sketch, trainable, self._moments.unavailable)
+            | self._facts
+        )
         weights = {name: p.data for name, p in self._parameters.items()}
         self._journal = StageJournal(self._storage, self._stage, weights, trainable, meta)
         self._writer = StageWriter(self._storage, f"stages/{self._stage}", self._sketch.dtype)
@@ -231,7 +229,7 @@ class Recorder:
         scalars = audited_scalars(gradients, window.losses, self._audit(captured, row))
         projected = torch.cat([self._project(w).flatten() for w in self._plan.weights])
         self._writer.put(lambda: self._make_block(row, scalars, projected, trained))
-        if self._corrects and self.step >= self._next_refresh:
+        if self._moments.due(self.step):
             self._refresh()
         if self.step in self._snapshot_steps:
             self._journal.snapshot(f"mid-{self._snapshot_steps.index(self.step) + 1}", self.step, self._weights())
@@ -275,17 +273,9 @@ class Recorder:
 
     def _refresh(self) -> None:
         """Fold the current second moments into the projections that the next steps are sketched with."""
-        self._next_refresh *= REFRESH_GROWTH
-        factors: Factors = {}
-        for weight in self._plan.weights:
-            moments = [self._moment(name) for name in (weight.name, weight.bias) if name]
-            if all(moment is not None for moment in moments):
-                factors[weight.name] = factor(_extend(moments, weight.bias_axis))
+        factors = self._moments.factors()
         version = self._journal.second_moment(self.step, factors)
         self._tap.projections = Projections(self._plan, self._model, factors, version)
-
-    def _moment(self, name: str) -> Tensor | None:
-        return second_moment(self.optimizer, self._parameters[name])
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: parameter.data for name, parameter in self._parameters.items()}
@@ -351,11 +341,3 @@ def _spread(count: int, total: int | None) -> list[int]:
         return []
     steps = [round(total * (k + 1) / (count + 1)) for k in range(count)]
     return sorted({step for step in steps if 0 < step < total})
-
-
-def _extend(moments: list[Any], bias_axis: int) -> Tensor:
-    """The weight's second moment with its bias's appended, as the sketch sees them."""
-    if len(moments) == 1:
-        return moments[0]
-    weight, bias = moments
-    return torch.cat([weight, bias.unsqueeze(bias_axis)], dim=bias_axis)

@@ -104,9 +104,7 @@ def check_place(url: Any, stage: str) -> Storage:
         check_format(storage.read_json("ledger.json"), storage.path("ledger.json"))
     if storage.exists(f"stages/{stage}"):
         raise stage_exists(storage, stage)
-    storage.create_folder("stages")
-    with storage.replacing("stages/.probe"):
-        pass
+    storage.check_writable()
     return storage
 
 

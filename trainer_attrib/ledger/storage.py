@@ -101,6 +101,17 @@ class Storage:
                 return False
             return True
 
+    def check_writable(self) -> None:
+        """Write and remove a file.
+
+        Raises:
+            LedgerNotWritableError: it cannot be done.
+        """
+        probe = ".probe"
+        with self.replacing(probe) as path:
+            path.write_bytes(b"")
+        self._fs.rm_file(self.path(probe))
+
     def write(self, name: str, data: bytes) -> dict[str, Any]:
         """Write a file atomically; returns its manifest entry."""
         with self.replacing(name) as path:

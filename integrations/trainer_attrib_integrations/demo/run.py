@@ -14,7 +14,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from trainer_attrib.analysis.analyzer import Analyzer
 from trainer_attrib.analysis.behavior import Behavior
@@ -60,11 +61,36 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, say: Say = print) ->
     _train(folder, data, tokenizer, model, say)
     analyzer = Analyzer(folder / "ledger", model)
     say("\n" + "\n".join(tree_lines(overview(analyzer.ledger))))
-    effects = _account(analyzer, data, tokenizer, folder, say)
+    effects, exact = _account(analyzer, data, tokenizer, folder, say)
     influence, shares = _trace(analyzer, data, tokenizer, say)
     report = analyzer.report(folder / "report.html", effects, influence, title="Three stages, accounted for")
     say(f"\nReport: {report}\nThe demo took {time.monotonic() - began:.0f} seconds.")
-    return {"effects": effects.to_dict(), "influence": influence.to_dict(TOP), "shares": shares, "report": str(report)}
+    return {
+        "closure_exact": exact,
+        "effects": effects.to_dict(),
+        "influence": influence.to_dict(TOP),
+        "shares": shares,
+        "report": str(report),
+    }
+
+
+class Progress(TrainerCallback):
+    """A bar over a stage's steps."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        self._bar = tqdm(total=state.max_steps, desc=self._name, leave=False, disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance it."""
+        self._bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take it away."""
+        self._bar.close()
 
 
 def behaviors_of(data: DemoData, tokenizer: PreTrainedTokenizerFast) -> list[Behavior]:
@@ -87,7 +113,10 @@ def _contrast(name: str, queries: list[Query], tokenizer: PreTrainedTokenizerFas
 def _train(folder: Path, data: DemoData, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, say: Say) -> None:
     """Three trainers, one callback each: the only line that recording adds."""
     recorded = programs(
-        data, tokenizer, folder / "trainers", lambda stage: [AttributionCallback(folder / "ledger", stage=stage)]
+        data,
+        tokenizer,
+        folder / "trainers",
+        lambda stage: [AttributionCallback(folder / "ledger", stage=stage), Progress(stage)],
     )
     for stage, program in recorded.items():
         say(f"Training stage '{stage}' ...")
@@ -96,17 +125,18 @@ def _train(folder: Path, data: DemoData, tokenizer: PreTrainedTokenizerFast, mod
 
 def _account(
     analyzer: Analyzer, data: DemoData, tokenizer: PreTrainedTokenizerFast, folder: Path, say: Say
-) -> StageEffects:
-    """Stage effects by every method, beside really retraining without the stage."""
-    again = programs(data, tokenizer, folder / "trainers")
+) -> tuple[StageEffects, bool]:
+    """Stage effects by every method, beside really retraining without the stage; and whether that can be trusted."""
+    again = programs(data, tokenizer, folder / "trainers", lambda stage: [Progress(f"{stage} again")])
     say("\nRunning all three stages again with nothing removed, to check that retraining can be trusted ...")
-    say(f"  {analyzer.closure(again)}")
+    closure = analyzer.closure(again)
+    say(f"  {closure}")
     say("Effect of each stage by each method; 'retrain' really trains the later stages again without it ...\n")
     effects = analyzer.stage_effects(behaviors_of(data, tokenizer), METHODS, again)
     say(repr(effects))
     for line in _agreement(effects):
         say(line)
-    return effects
+    return effects, closure.exact
 
 
 def _agreement(effects: StageEffects) -> list[str]:
