@@ -11,13 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
-
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trainer_attrib.errors import LedgerNotWritableError, ModelMismatchError, StageExistsError
