@@ -18,7 +18,14 @@ from trainer_attrib.testing.oracle import (
     tapped_sketches,
     whole_weight,
 )
-from trainer_attrib.testing.zoo import MEMBERS, BroadcastPosition, LinearOnThreeAxes, Member, TiedEmbeddingWithHeadBias
+from trainer_attrib.testing.zoo import (
+    MEMBERS,
+    BroadcastPosition,
+    LinearOnThreeAxes,
+    Member,
+    PositionsWithoutBatch,
+    TiedEmbeddingWithHeadBias,
+)
 from trainer_attrib.types import Layout, SketchConfig
 
 BATCH = 5
@@ -118,12 +125,17 @@ def test_folded_second_moments_scale_the_exact_gradient(kind: type[Member], floa
     close(found[:, keep], torch.stack(rows)[:, keep])
 
 
-def test_broadcast_positions_are_skipped_with_a_reason() -> None:
-    member, projections = _member(BroadcastPosition)
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(BroadcastPosition, "does not start with the batch"), (PositionsWithoutBatch, "counts positions")],
+    ids=["broadcast", "without-batch"],
+)
+def test_positions_are_skipped_with_a_reason(kind: type[Member], why: str) -> None:
+    member, projections = _member(kind)
     found, skipped = tapped_sketches(member, _inputs(member), projections)
     position = next(w for w in projections.plan.weights if w.name == "position.weight")
     assert list(skipped) == ["position"]
-    assert "does not start with the batch" in skipped["position"]
+    assert why in skipped["position"]
     assert not found[:, position.span].any()
 
 

@@ -148,6 +148,9 @@ class ModuleTap:
         if record.layout is not Layout.ONE and output.shape[0] != record.rows:
             record.skipped[site.name] = f"output {tuple(output.shape)} does not start with the batch ({record.rows})"
             return
+        if record.layout is not Layout.ONE and record.rows > 1 and _counts_positions(x):
+            record.skipped[site.name] = "its input counts positions, the same for every example"
+            return
         pair = self.projections[site.weight.name]
         bias = pair.bias if site.has_bias else None
         input_axis = site.rule.input_axis
@@ -193,6 +196,14 @@ def _differentiable(output: Any, site: _Site) -> bool:
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _counts_positions(x: Tensor) -> bool:
+    """Whether these are the indices 0, 1, 2, ...: positions, which as many examples would make look like a batch.
+
+    Looking at the values waits for the device, so only inputs that cannot be told apart by their shape are looked at.
+    """
+    return x.dim() == 1 and not x.is_floating_point() and bool((x == torch.arange(len(x), device=x.device)).all())
 
 
 def _three_axes(projected: Tensor, like: Tensor) -> Tensor:

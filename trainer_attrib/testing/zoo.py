@@ -249,6 +249,19 @@ class BroadcastPosition(TiedEmbedding):
         return self.head(self.body(self.embedding(tokens) + positions).tanh())
 
 
+class PositionsWithoutBatch(BroadcastPosition):
+    """As above without a batch axis at all; ``inputs`` has as many examples as positions, so lengths tell nothing."""
+
+    def inputs(self, generator: Generator, batch: int) -> list[Inputs]:
+        """[B, B] token rows."""
+        return [{"tokens": _tokens(generator, batch)[:, :batch]}]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, S, V]."""
+        positions = self.position(torch.arange(tokens.shape[1]))  # [S, H]
+        return self.head(self.body(self.embedding(tokens) + positions).tanh())
+
+
 MEMBERS: tuple[type[Member], ...] = (
     PlainLinear,
     LinearOnThreeAxes,
@@ -267,6 +280,7 @@ MEMBERS: tuple[type[Member], ...] = (
     TwoForwardsOneBackward,
     RankOneSides,
     BroadcastPosition,
+    PositionsWithoutBatch,
 )
 
 
