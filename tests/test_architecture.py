@@ -39,16 +39,9 @@ def module_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules that a file imports when it runs; what stands under TYPE_CHECKING does not run."""
-    tree = ast.parse(path.read_text())
-    hidden = {
-        id(node) for guard in ast.walk(tree) if isinstance(guard, ast.If) and "TYPE_CHECKING" in ast.unparse(guard.test)
-        for node in ast.walk(guard)
-    }  # fmt: skip
+    """Modules that a file imports anywhere, inside functions and for the type checker too."""
     found = set()
-    for node in ast.walk(tree):
-        if id(node) in hidden:
-            continue
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from trainer_attrib.numerics.audit import regress
 from trainer_attrib.numerics.second_moment import factor, inverse_root
-from trainer_attrib.numerics.sketching import sketch_examples, sketch_extended, sketch_matrix, unit_rows
+from trainer_attrib.numerics.sketching import add_bias, sketch_examples, sketch_matrix, unit_rows
 
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 10_000)
@@ -43,7 +43,10 @@ def test_bias_counts_as_one_more_row_or_column(seed: int, r: int, c: int, axis: 
     weight, bias = _random(seed, r, c), _random(seed + 1, c if axis == 0 else r)
     whole = torch.cat([weight, bias.unsqueeze(axis)], dim=axis)
     p, q = _random(seed + 2, 3, whole.shape[0]), _random(seed + 3, 2, whole.shape[1])
-    assert torch.allclose(sketch_extended(weight, bias, axis, p, q), p @ whole @ q.T)
+    sides = (p[:, :-1], q) if axis == 0 else (p, q[:, :-1])
+    last = (p if axis == 0 else q)[:, -1]
+    found = add_bias(sketch_matrix(weight, *sides), bias, axis, sides[1 - axis], last)
+    assert torch.allclose(found, p @ whole @ q.T)
 
 
 @given(seeds, sizes, sizes)

@@ -224,7 +224,8 @@ class Recorder:
         trained = [micro for micro in window.micro_batches if micro.trained]
         if captured is not None and self._rows is None:
             self._check_coverage(window, captured)
-        row = step_row(self, len(trained), self._tap.projections.version)
+        row = step_row(self.step, self.optimizer, len(trained), self._tap.projections.version)
+        row |= {"epoch": self.epoch, "clip_threshold": self.clip_threshold}
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None and not p.grad.is_sparse]
         scalars = audited_scalars(gradients, window.losses, self._audit(captured, row))
         projected = torch.cat([self._project(w).flatten() for w in self._plan.weights])

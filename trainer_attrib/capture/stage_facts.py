@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from trainer_attrib.capture.optimizer_tap import describe_optimizer, group_setti
 from trainer_attrib.tap.plan import SketchPlan, parameters_by_name
 from trainer_attrib.types import SketchConfig
 from trainer_attrib.version import __version__
-
-if TYPE_CHECKING:
-    from trainer_attrib.capture.recorder import Recorder
 
 _FRAMEWORKS = ("torch", "transformers", "accelerate", "trl", "peft", "lightning", "pytorch-lightning", "datasets")
 
@@ -69,19 +66,17 @@ def flop_share(plan: SketchPlan) -> float:
     return sketching / sum(n * 6 * w.rows * w.columns for w, n in uses)
 
 
-def step_row(recorder: Recorder, micro_batches: int, version: int) -> dict[str, Any]:
+def step_row(step: int, optimizer: Optimizer, micro_batches: int, version: int) -> dict[str, Any]:
     """One row of the steps table, as far as it is known without waiting for the device."""
-    groups = group_settings(recorder.optimizer)
+    groups = group_settings(optimizer)
     return {
-        "step": recorder.step,
-        "epoch": recorder.epoch,
+        "step": step,
         "micro_batches": micro_batches,
         "captured": micro_batches > 0,
         "learning_rate": [g.learning_rate for g in groups],
         "weight_decay": [g.weight_decay for g in groups],
         "beta1": [g.beta1 for g in groups],
         "beta2": [g.beta2 for g in groups],
-        "clip_threshold": recorder.clip_threshold,
         "version": version,
     }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +49,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class Record:
-    """The sketches of one forward pass, filled during its backward pass: ``sketches`` is [examples, width]."""
+    """The sketches of one forward pass, filled during its backward pass."""
 
-    def __init__(self, rows: int, layout: Layout, width: int, like: Tensor) -> None:
+    def __init__(self, rows: int, layout: Layout, plan: SketchPlan, like: Tensor) -> None:
         self.rows, self.layout = rows, layout
         self.examples = {Layout.ROWS: rows, Layout.PAIRS: rows // 2, Layout.ONE: 1}[layout]
-        self.sketches = torch.zeros(self.examples, width, dtype=like.dtype, device=like.device)
+        self._plan, self._like = plan, like
+        self._parts: dict[str, Tensor] = {}
         self.forwards: Counter[str] = Counter()
         self.backwards: Counter[str] = Counter()
         self.skipped: dict[str, str] = {}
@@ -65,7 +67,17 @@ class Record:
         sketch_BK = sketch_examples(left_BSK, right_BSK).flatten(1)
         if self.layout is Layout.PAIRS:
             sketch_BK = sketch_BK[: self.examples] + sketch_BK[self.examples :]
-        self.sketches[:, weight.span] += sketch_BK
+        known = self._parts.get(weight.name)
+        self._parts[weight.name] = sketch_BK if known is None else known + sketch_BK
+
+    @property
+    def sketches(self) -> Tensor:
+        """[examples, width]; zeros for weights that nothing reached. Put together at each access."""
+        return torch.cat([self._part(weight) for weight in self._plan.weights], dim=1)
+
+    def _part(self, weight: WeightPlan) -> Tensor:
+        part = self._parts.get(weight.name)
+        return self._like.new_zeros(self.examples, weight.size) if part is None else part
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ class ModuleTap:
     def open(self, rows: int, layout: Layout) -> Record:
         """Start a new record for a forward pass over ``rows`` rows and make it current."""
         like = self.projections[self.plan.weights[0].name].left
-        self.record = Record(rows, layout, self.plan.width, like)
+        self.record = Record(rows, layout, self.plan, like)
         return self.record
 
     def attach(self) -> ModuleTap:
@@ -155,7 +167,7 @@ class ModuleTap:
         bias = pair.bias if site.has_bias else None
         input_axis = site.rule.input_axis
         of_input, of_output = pair.sides[input_axis], pair.sides[1 - input_axis]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), _full_precision(x.device.type):
             input_BSK = _three_axes(site.rule.project_input(site.module, x.detach(), of_input, bias), output)
         record.forwards[site.name] += not recomputed
 
@@ -164,7 +176,7 @@ class ModuleTap:
                 return
             began = time.perf_counter()
             try:
-                with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                with torch.no_grad(), _full_precision(gradient.device.type):
                     output_BSK = _three_axes(F.linear(gradient.to(of_output.dtype), of_output), gradient)
                     factors = (input_BSK, output_BSK) if input_axis == 0 else (output_BSK, input_BSK)
                     record.add(site.weight, *factors)
@@ -187,6 +199,11 @@ def _sites(model: nn.Module, plan: SketchPlan) -> list[_Site]:
             has_bias = bool(weight.bias) and getattr(module, "bias", None) is parameters[weight.bias]
             sites.append(_Site(name, module, rule, weight, has_bias))
     return sites
+
+
+def _full_precision(device: str) -> AbstractContextManager[object]:
+    """Outside autocast; entering its context costs as much as a small product, so only where one is active."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _differentiable(output: Any, site: _Site) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trainer_attrib.numerics.projection import projection
 from trainer_attrib.numerics.second_moment import inverse_root
-from trainer_attrib.numerics.sketching import sketch_extended
+from trainer_attrib.numerics.sketching import add_bias, sketch_matrix
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -60,9 +60,11 @@ class Projections:
     def sketch(self, weight: WeightPlan, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """Sketch of a tensor shaped like the weight (the weight itself, its gradient), [K_l, K_r]."""
         pair = self._pairs[weight.name]
-        dtype = pair.left.dtype
-        bias = None if bias is None else bias.to(dtype)
-        return sketch_extended(matrix.to(dtype), bias, weight.bias_axis, pair.left, pair.right)
+        sketch = sketch_matrix(matrix.to(pair.left.dtype), *pair.sides)
+        if bias is None or pair.bias is None:
+            return sketch
+        other = pair.sides[1 - weight.bias_axis]
+        return add_bias(sketch, bias.to(other.dtype), weight.bias_axis, other, pair.bias)
 
 
 def _reference(model: nn.Module, weight: WeightPlan) -> Tensor:
