@@ -165,14 +165,15 @@ def test_a_model_without_known_layers_is_refused_and_leaves_no_stage(tmp_path: P
     assert list(tmp_path.rglob("*.json")) == []
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", ["trainer_attrib.ledger.storage._sync", "os.replace"])
+def test_a_write_that_fails_leaves_the_old_file(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(tmp_path)
     storage.write("file", b"old")
 
     def full_disk(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer_attrib.ledger.storage._sync", full_disk)
+    monkeypatch.setattr(fails, full_disk)
     with pytest.raises(LedgerNotWritableError, match="No space left"):
         storage.write("file", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]

@@ -136,10 +136,10 @@ class PaddedBatch(Member):
         self.head = nn.Linear(HIDDEN, VOCABULARY)
 
     def inputs(self, generator: Generator, batch: int) -> list[Inputs]:
-        """Token rows, padded on the right with 0."""
+        """Token rows, padded on the left with 0: the last padding predicts the first token, so its lookup matters."""
         tokens = _tokens(generator, batch, lowest=1)
         lengths = torch.randint(2, LENGTH + 1, (batch, 1), generator=generator)
-        return [{"tokens": tokens * (torch.arange(LENGTH) < lengths)}]
+        return [{"tokens": tokens * (torch.arange(LENGTH) >= LENGTH - lengths)}]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V]."""
