@@ -62,10 +62,16 @@ class AttributionCallback(TrainerCallback):
         self._ledger, self._stage, self._attempts = ledger, stage, 0
         self._options: dict[str, Any] = {"sketch": sketch, "snapshots": snapshots, "strict": strict}
         self._columns = (id_column, source_column)
+        self._closes_itself = False
         self._recorder: Recorder | None = None
         self._ids: RidingIds | None = None
         self._trainer: Trainer | None = None
         self._replaced: dict[str, Any] = {}  # a training step that someone else had put on the trainer
+
+    def close(self) -> None:
+        """Close a stage that broke off. Only needed if the callback came by ``trainer.add_callback``: given to the
+        trainer's constructor, it closes itself whatever happens."""
+        self._stop("closed by the user")
 
     # ---- events -------------------------------------------------------------------------------------------------
 
@@ -74,6 +80,7 @@ class AttributionCallback(TrainerCallback):
         trainer = _calling_trainer(self)
         if trainer is not None:
             trainer.train = self._closing_afterwards(trainer.train)
+            self._closes_itself = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the stage."""
@@ -92,6 +99,11 @@ class AttributionCallback(TrainerCallback):
             facts=_facts(args, self._trainer),
             **self._options,
         ).start()
+        if not self._closes_itself:
+            logger.warning(
+                "the callback was added after the trainer was made; if training breaks off between two training steps, "
+                "call its close(), or pass it to the trainer's constructor next time"
+            )
         self._recorder.clip_threshold = args.max_grad_norm or None
         self._recorder.attempt(lambda: self._arrange(kwargs.get("train_dataloader")))
 

@@ -271,6 +271,20 @@ def test_a_callback_added_later_records_too(setup: Setup, tmp_path: Path) -> Non
     _assert_nothing_left(trainer)
 
 
+def test_a_callback_added_later_says_how_to_close_it(setup: Setup, tmp_path: Path, caplog: Any) -> None:
+    """No event tells a callback that training broke off; given to the constructor, it closes itself."""
+    trainer = setup.trainer([])
+    callback = AttributionCallback(tmp_path / "ledger", stage="one")
+    trainer.add_callback(callback)
+    trainer.add_callback(Stops(RuntimeError))
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer.train()
+    assert "call its close()" in caplog.text
+    callback.close()
+    _assert_nothing_left(trainer)
+    assert Ledger(tmp_path / "ledger").stage("one").meta["status"] == "incomplete"
+
+
 def test_bad_input_is_refused_before_training(
     setup: Setup, tmp_path: Path, tiny_gpt2: Callable, train: Callable, files_of: Callable
 ) -> None:

@@ -135,7 +135,15 @@ def _block(step: int) -> Block:
 def _stage_on_disk(root: Path) -> Storage:
     """The least that the reader needs beside the parts."""
     storage = Storage(root)
-    meta = {"format": 1, "parent": None, "began": 0.0, "width": 3, "snapshots": [], "sketch": {"dtype": "float32"}}
+    meta = {
+        "format": 1,
+        "parent": None,
+        "began": 0.0,
+        "width": 3,
+        "snapshots": [],
+        "versions": [],
+        "sketch": {"dtype": "float32"},
+    }
     storage.write_json("ledger.json", {"format": 1, "parameters": {}})
     storage.write_json("stages/s/stage.json", meta | {"weights": {}})
     return storage

@@ -151,3 +151,38 @@ def test_accumulated_passes_keep_their_own_rows(float64: None, close: object) ->
     for _ in range(2):
         inputs = member.inputs(generator, 3)
         close(tapped_sketches(member, inputs, projections)[0], exact_sketches(member, inputs, projections))
+
+
+def test_reentrant_checkpoints_of_overlapping_passes_are_left_out_not_mixed_up():
+    """Recomputed layers know no forward pass: with two open, a sketch could land in the wrong one."""
+    import torch
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    from trainer_attrib.tap.module_tap import ModuleTap
+    from trainer_attrib.tap.plan import plan_sketch
+    from trainer_attrib.tap.projections import Projections
+    from trainer_attrib.types import Layout, SketchConfig
+
+    inner, outer = nn.Linear(4, 4), nn.Linear(4, 1)
+    model = nn.Sequential(inner, outer)
+    plan = plan_sketch(model, SketchConfig())
+
+    def fail(fault):
+        raise fault
+
+    tap = ModuleTap(model, plan, Projections(plan, model), fail).attach()
+
+    def forward():
+        record = tap.open(3, Layout.ROWS)
+        x = torch.randn(3, 4, requires_grad=True)
+        return record, outer(checkpoint(inner, x, use_reentrant=True)).sum()
+
+    (first, one), (second, two) = forward(), forward()
+    (one + two).backward()
+    assert [record.backwards for record in (first, second)] == [{"1": 1}, {"1": 1}]
+    assert "reentrant" in second.skipped["0"]
+    third, loss = forward()
+    loss.backward()
+    assert third.backwards == {"0": 1, "1": 1}
+    tap.detach()

@@ -188,15 +188,18 @@ class Recorder:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return  # evaluation, generation, a reference model's pass
-        self._tap.record = None
         captures = self.step % self._sketch.every_n_steps == 0
-        if self._running and captures and (module.training or self._explicit):
+        if not (captures and (module.training or self._explicit)):
+            self._tap.record = None
+        elif self._running:
             self.attempt(lambda: self._open_record(args, kwargs))
 
     def _open_record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep = self._describe is not None and self._known.texts is None
         micro = open_micro_batch(self._tap, args, kwargs, self._known, self._layout, keep_inputs=keep)
-        if micro is not None:
+        if micro is None:
+            self._tap.record = None
+        else:
             self._window.add(micro)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer_attrib.errors import ModelMismatchError, StageExistsError
 from trainer_attrib.ledger.reader import Ledger, StageReader
-from trainer_attrib.ledger.schema import FORMAT, check_format, check_stage_name
+from trainer_attrib.ledger.schema import FORMAT, check_format, check_stage_name, snapshot_name, version_name
 from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors, save_tensors
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.version import __version__
@@ -63,16 +63,16 @@ class StageJournal:
     def snapshot(self, name: str, step: int, weights: dict[str, Tensor]) -> None:
         """Store the trainable weights."""
         trainable = {key: weights[key] for key in sorted(self._trainable)}
-        save_tensors(self._storage, f"{self._folder}/snapshots/{name}.safetensors", trainable)
-        self.update(snapshots=[*self.meta["snapshots"], {"name": name, "step": step}])
+        entry = save_tensors(self._storage, f"{self._folder}/{snapshot_name(name)}", trainable)
+        self.update(snapshots=[*self.meta["snapshots"], {"name": name, "step": step, **entry}])
 
     def second_moment(self, step: int, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
         """Store a new version of the factored second moments; returns its number, counted from 1."""
         version = len(self.meta["versions"]) + 1
         flat = {f"{name}.rows": rows for name, (rows, _) in factors.items()}
         flat |= {f"{name}.columns": columns for name, (_, columns) in factors.items()}
-        save_tensors(self._storage, f"{self._folder}/second_moment/version-{version:04d}.safetensors", flat)
-        self.update(versions=[*self.meta["versions"], {"version": version, "after_step": step}])
+        entry = save_tensors(self._storage, f"{self._folder}/{version_name(version)}", flat)
+        self.update(versions=[*self.meta["versions"], {"version": version, "after_step": step, **entry}])
         return version
 
     def end(self, status: str, reason: str, step: int, weights: dict[str, Tensor] | None) -> None:

@@ -14,7 +14,15 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from trainer_attrib.errors import CorruptPartError, LedgerFormatError, LedgerNotFoundError, StageNotFoundError
-from trainer_attrib.ledger.schema import EXAMPLES, STEPS, check_format
+from trainer_attrib.ledger.schema import (
+    EXAMPLES,
+    STEPS,
+    check_format,
+    check_names,
+    check_stage_name,
+    snapshot_name,
+    version_name,
+)
 from trainer_attrib.ledger.snapshots import load_tensors
 from trainer_attrib.ledger.storage import Storage, digest
 
@@ -51,6 +59,7 @@ class StageReader:
         manifests = [self._storage.read_json(f"{self._folder}/{name}") for name in names]
         for manifest, name in zip(manifests, names, strict=True):
             check_format(manifest, self._storage.path(f"{self._folder}/{name}"))
+            check_names((n for part in manifest["parts"] for n in part["files"]), self._storage.path(name))
         return [part for manifest in manifests for part in manifest["parts"]]
 
     def count(self, kind: str) -> int:
@@ -60,9 +69,7 @@ class StageReader:
     @property
     def bytes(self) -> int:
         """Bytes of the sealed parts and of the snapshots stored in this stage."""
-        own = [f"snapshots/{s['name']}.safetensors" for s in self.meta["snapshots"] if not s.get("stored_in")]
-        parts = sum(entry["bytes"] for part in self.parts() for entry in part["files"].values())
-        return parts + sum(self._storage.size(f"{self._folder}/{name}") for name in own)
+        return sum(entry["bytes"] for _, entry in self._sealed())
 
     def rows(self) -> Iterator[RowBlock]:
         """Example rows, part by part.
@@ -97,8 +104,7 @@ class StageReader:
         """
         for entry in self.meta["snapshots"]:
             if entry["name"] == name:
-                folder, stored = entry.get("stored_in") or (self.name, name)
-                return load_tensors(self._storage, f"stages/{folder}/snapshots/{stored}.safetensors")
+                return load_tensors(self._storage, self._snapshot_path(entry))
         raise StageNotFoundError(
             f"Stage '{self.name}' has no snapshot '{name}', only {[s['name'] for s in self.meta['snapshots']]}.",
             cause=f"the stage's status is '{self.meta['status']}'.",
@@ -109,26 +115,34 @@ class StageReader:
         """Row and column means of the second moments of one version, by weight name; empty for version 0."""
         if version == 0:
             return {}
-        flat = load_tensors(self._storage, f"{self._folder}/second_moment/version-{version:04d}.safetensors")
+        flat = load_tensors(self._storage, f"{self._folder}/{version_name(version)}")
         return {k[: -len(".rows")]: (flat[k], flat[k[: -len("rows")] + "columns"]) for k in flat if k.endswith(".rows")}
 
     def problems(self) -> list[str]:
         """Everything wrong with the sealed files: lengths, checksums, missing snapshots. Empty means sound."""
         found = []
-        for part in self.parts():
-            for name, entry in part["files"].items():
-                path = f"{self._folder}/{name}"
-                if not self._storage.exists(path):
-                    found.append(f"{self.name}: {name} is missing")
-                elif self._storage.size(path) != entry["bytes"]:
-                    found.append(f"{self.name}: {name} has {self._storage.size(path)} bytes, sealed {entry['bytes']}")
-                elif digest(self._storage.read(path)) != entry["blake2b"]:
-                    found.append(f"{self.name}: {name} has another checksum than when it was sealed")
-        for entry in self.meta["snapshots"]:
-            folder, stored = entry.get("stored_in") or (self.name, entry["name"])
-            if not self._storage.exists(f"stages/{folder}/snapshots/{stored}.safetensors"):
-                found.append(f"{self.name}: snapshot {entry['name']} is missing")
-        return found
+        for name, entry in self._sealed():
+            path = f"{self._folder}/{name}"
+            if not self._storage.exists(path):
+                found.append(f"{self.name}: {name} is missing")
+            elif self._storage.size(path) != entry["bytes"]:
+                found.append(f"{self.name}: {name} has {self._storage.size(path)} bytes, sealed {entry['bytes']}")
+            elif digest(self._storage.read(path)) != entry["blake2b"]:
+                found.append(f"{self.name}: {name} has another checksum than when it was sealed")
+        shared = [entry for entry in self.meta["snapshots"] if entry.get("stored_in")]
+        missing = [entry["name"] for entry in shared if not self._storage.exists(self._snapshot_path(entry))]
+        return found + [f"{self.name}: snapshot {name} is missing" for name in missing]
+
+    def _sealed(self) -> list[tuple[str, dict[str, Any]]]:
+        """Every file that is stored in this stage, with its length and checksum."""
+        parts = [file for part in self.parts() for file in part["files"].items()]
+        own = [(snapshot_name(s["name"]), s) for s in self.meta["snapshots"] if not s.get("stored_in")]
+        return parts + own + [(version_name(v["version"]), v) for v in self.meta["versions"]]
+
+    def _snapshot_path(self, entry: dict[str, Any]) -> str:
+        """Where a snapshot is stored: here, or at the end of an ancestor."""
+        folder, stored = entry.get("stored_in") or (self.name, entry["name"])
+        return f"stages/{check_stage_name(folder)}/{snapshot_name(check_stage_name(stored))}"
 
     def _all(self, kind: str, schema: pa.Schema) -> pa.Table:
         tables = [

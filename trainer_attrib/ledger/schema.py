@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,7 @@ STEPS = pa.schema(
 
 EXAMPLES = pa.schema([("example", pa.string()), ("source", pa.string()), ("text", pa.string())])
 
+_PART_NAME = re.compile(r"(rows|steps|examples)/part-[0-9]{4}-[0-9]{6}\.(parquet|f16|f32)")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -99,6 +101,31 @@ def check_format(data: dict[str, Any], where: str) -> None:
 def part_name(kind: str, rank: int, part: int, suffix: str) -> str:
     """Relative name of a part's file inside its stage."""
     return f"{kind}/part-{rank:04d}-{part:06d}.{suffix}"
+
+
+def snapshot_name(name: str) -> str:
+    """Relative name of a snapshot's file inside its stage."""
+    return f"snapshots/{name}.safetensors"
+
+
+def version_name(version: int) -> str:
+    """Relative name of a second-moment version's file inside its stage."""
+    return f"second_moment/version-{version:04d}.safetensors"
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Refuse file names from a manifest that this library would not have written: they could lead anywhere.
+
+    Raises:
+        LedgerFormatError: a name is not that of a part.
+    """
+    for name in names:
+        if not isinstance(name, str) or not _PART_NAME.fullmatch(name):
+            raise LedgerFormatError(
+                f"{where} names {name!r}, which is not the name of a part.",
+                cause="the manifest was edited, or the ledger comes from someone who wants other files to be read.",
+                fix="do not use this ledger unless you trust where it comes from.",
+            )
 
 
 def manifest_name(rank: int) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from trainer_attrib.ledger.storage import Storage
+from trainer_attrib.ledger.storage import Storage, file_digest
 
 
 def fingerprint_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -22,11 +23,12 @@ def combine(fingerprints: dict[str, str]) -> str:
     return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
-def save_tensors(storage: Storage, name: str, tensors: dict[str, Tensor]) -> None:
-    """Write tensors atomically as safetensors."""
+def save_tensors(storage: Storage, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write tensors atomically as safetensors; returns the file's length and checksum."""
     copies = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with storage.replacing(name) as path:
         save_file(copies, path)
+        return {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
 
 
 def load_tensors(storage: Storage, name: str) -> dict[str, Tensor]:

@@ -55,11 +55,6 @@ class StageWriter:
         if self._fault is not None:
             raise self._fault
 
-    @property
-    def rows(self) -> int:
-        """Example rows in sealed parts."""
-        return sum(part["rows"] for part in self._parts)
-
     def _run(self) -> None:
         while (make := self._queue.get()) is not None:
             if self._fault is None:  # after a fault the queue is only drained, so that put never blocks for ever

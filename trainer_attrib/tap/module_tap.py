@@ -111,6 +111,7 @@ class ModuleTap:
         self.plan, self.projections, self._on_fault = plan, projections, on_fault
         self.record: Record | None = None
         self.seconds = 0.0  # spent inside the hooks
+        self._overlapping = False  # a forward pass began before the one before it was backpropagated
         self._sites = _sites(model, plan)
         self._handles: list[RemovableHandle] = []
 
@@ -122,6 +123,7 @@ class ModuleTap:
     def open(self, rows: int, layout: Layout) -> Record:
         """Start a new record for a forward pass over ``rows`` rows and make it current."""
         like = self.projections[self.plan.weights[0].name].left
+        self._overlapping = self.record is not None and not self.record.backwards
         self.record = Record(rows, layout, self.plan, like)
         return self.record
 
@@ -162,6 +164,9 @@ class ModuleTap:
             return
         if record.layout is not Layout.ONE and record.rows > 1 and _counts_positions(x):
             record.skipped[site.name] = "its input counts positions, the same for every example"
+            return
+        if recomputed and self._overlapping:
+            record.skipped[site.name] = "reentrant checkpointing, with several forward passes before one backward pass"
             return
         pair = self.projections[site.weight.name]
         bias = pair.bias if site.has_bias else None
