@@ -145,7 +145,7 @@ def _stage_on_disk(root: Path) -> Storage:
         "sketch": {"dtype": "float32"},
     }
     storage.write_json("ledger.json", {"format": 1, "parameters": {}})
-    storage.write_json("stages/s/stage.json", meta | {"weights": {}})
+    storage.write_json("stages/s/stage.json", meta | {"weights": {}, "sketch": {"dtype": "float32"}})
     return storage
 
 

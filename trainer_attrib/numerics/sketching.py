@@ -41,7 +41,7 @@ def add_bias(sketch_KK: Tensor, bias: Tensor, axis: int, side_KD: Tensor, bias_K
         bias_K: the extended axis's projection of the bias's own row or column, [K].
     """
     projected_K = side_KD @ bias
-    return sketch_KK + (torch.outer(projected_K, bias_K) if axis == 1 else torch.outer(bias_K, projected_K))
+    return torch.addr(sketch_KK, projected_K, bias_K) if axis == 1 else torch.addr(sketch_KK, bias_K, projected_K)
 
 
 def unit_rows(rows_NK: Tensor) -> tuple[Tensor, Tensor]:
