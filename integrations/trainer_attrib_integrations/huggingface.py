@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.recorder import Recorder
-from trainer_attrib.errors import MissingExtraError
+from trainer_attrib.errors import ConfigurationError, MissingExtraError
 from trainer_attrib.ledger.journal import check_place
 from trainer_attrib.types import Layout, SketchConfig
 
@@ -84,6 +84,7 @@ class AttributionCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the stage."""
+        _refuse_several_processes(args)
         self._stop("training was started again")
         self._attempts += 1
         self._trainer = _calling_trainer(self)
@@ -198,6 +199,17 @@ def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
     finally:
         del frame  # a frame kept in a local variable is a reference cycle
     return None
+
+
+def _refuse_several_processes(args: Any) -> None:
+    """Say before the first step what this version cannot record, instead of recording half of it."""
+    if args.world_size > 1 or args.n_gpu > 1:
+        found = f"{args.world_size} processes" if args.world_size > 1 else f"{args.n_gpu} GPUs under nn.DataParallel"
+        raise ConfigurationError(
+            f"Training runs on {found}; this version records a single process on a single device.",
+            cause="each replica would see a part of every batch and write the same stage.",
+            fix="set CUDA_VISIBLE_DEVICES to one device, or leave the callback out of this run.",
+        )
 
 
 def _columns(dataset: Any, id_column: str, source_column: str) -> tuple[Sequence[Any], Sequence[Any] | None] | None:

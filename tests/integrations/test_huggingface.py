@@ -312,3 +312,24 @@ def test_without_transformers_the_error_says_what_to_install() -> None:
     assert found.returncode != 0
     assert "MissingExtraError: 'transformers' is not installed." in found.stderr
     assert "pip install 'trainer-attrib[huggingface]'" in found.stderr
+
+
+@pytest.mark.parametrize(("world_size", "n_gpu"), [(2, 1), (1, 2)])
+def test_several_processes_are_refused_before_the_first_step(
+    world_size: int, n_gpu: int, setup: Setup, tmp_path: Path
+) -> None:
+    """Half a batch recorded as a whole would be worse than none."""
+    import types
+
+    callback = AttributionCallback(tmp_path / "ledger", stage="one")
+    args = types.SimpleNamespace(world_size=world_size, n_gpu=n_gpu)
+    with pytest.raises(ValueError, match="single process on a single device"):
+        callback.on_train_begin(args, None, None)
+    assert not (tmp_path / "ledger" / "stages").exists()
+
+
+def test_a_run_in_which_no_layer_fires_says_so(setup: Setup, tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("trainer_attrib.tap.module_tap._differentiable", lambda output, site: False)
+    setup.trainer([AttributionCallback(tmp_path / "ledger", stage="one")], max_steps=2).train()
+    assert "no layer fired in the first step" in caplog.text
+    assert Ledger(tmp_path / "ledger").stage("one").count("steps") == 2

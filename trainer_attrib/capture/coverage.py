@@ -20,7 +20,7 @@ SILENT = "none of its layers fired"
 
 @dataclass(frozen=True)
 class Coverage:
-    """The report of the first captured step.
+    """The report of the first optimizer step.
 
     Args:
         expected: modules that were hooked.
@@ -45,11 +45,7 @@ class Coverage:
         fired = self.expected - len(self.silent)
         lines = [f"{fired} of {self.expected} layers fired; rows cover {self.share:.1%} of the trainable parameters"]
         lines += [f"  silent: {name}: {why}" for name, why in self.silent.items()]
-        lines += [f"  left out: {name}: {why}" for name, why in self.partial.items() if why != SILENT]
-        kinds: dict[str, int] = {}
-        for why in self.uncovered.values():
-            kinds[why] = kinds.get(why, 0) + 1
-        return lines + [f"  not covered: {count} parameters: {why}" for why, count in kinds.items()]
+        return lines + [f"  left out: {name}: {why}" for name, why in self.partial.items() if why != SILENT]
 
 
 def check_coverage(model: nn.Module, plan: SketchPlan, projections: Projections, window: Window) -> Coverage:

@@ -17,7 +17,13 @@ from trainer_attrib.capture.messages import logger, show_messages
 from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.optimizer_tap import OptimizerTap
 from trainer_attrib.capture.second_moments import SecondMoments
-from trainer_attrib.capture.stage_facts import audited_scalars, preflight_lines, stage_facts, step_row
+from trainer_attrib.capture.stage_facts import (
+    audited_scalars,
+    preflight_lines,
+    snapshot_steps,
+    stage_facts,
+    step_row,
+)
 from trainer_attrib.capture.window import Describe, Known, MicroBatch, RowMaker, Window
 from trainer_attrib.ledger.journal import StageJournal, check_place
 from trainer_attrib.ledger.schema import Block
@@ -84,7 +90,7 @@ class Recorder:
         self._raw = Projections(self._plan, model)
         self._tap = ModuleTap(model, self._plan, self._raw, self._fault)
         self._parameters = parameters_by_name(model)
-        self._snapshot_steps = _spread(snapshots, total_steps)
+        self._snapshot_steps = snapshot_steps(snapshots, total_steps)
         self._window, self._known = Window(), Known()
         self._rows: RowMaker | None = None
         self._audited: list[WeightPlan] = []
@@ -227,6 +233,10 @@ class Recorder:
         trained = [micro for micro in window.micro_batches if micro.trained]
         if captured is not None and self._rows is None:
             self._check_coverage(window, captured)
+        elif self._rows is None and self.step == 1:
+            logger.warning(
+                "stage '%s': no layer fired in the first step; is the model compiled or replaced?", self._stage
+            )
         row = step_row(self.step, self.optimizer, len(trained), self._tap.projections.version)
         row |= {"epoch": self.epoch, "clip_threshold": self.clip_threshold}
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None and not p.grad.is_sparse]
@@ -337,11 +347,3 @@ class Recorder:
             if self._strict:
                 raise self.fault
             logger.warning("stage '%s' could not be closed as a whole: %s", self._stage, self.fault)
-
-
-def _spread(count: int, total: int | None) -> list[int]:
-    """Steps of the snapshots inside a stage, evenly spaced; none if its length is unknown."""
-    if not total:
-        return []
-    steps = [round(total * (k + 1) / (count + 1)) for k in range(count)]
-    return sorted({step for step in steps if 0 < step < total})

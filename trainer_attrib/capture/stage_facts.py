@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from importlib import metadata
 from typing import Any
 
@@ -51,6 +52,9 @@ def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: di
         f"layers, {plan.width * width / 1024:.1f} KiB per example, expected overhead at least "
         f"{100 * flop_share(plan) / sketch.every_n_steps:.1f}% of the matrix products"
     ]
+    lines += [
+        f"stage '{stage}': {n} parameters not covered: {why}" for why, n in Counter(plan.uncovered.values()).items()
+    ]
     if meta["correction_unavailable"]:
         lines.append(f"stage '{stage}': correction unavailable: {meta['correction_unavailable']}")
     return lines
@@ -64,6 +68,14 @@ def flop_share(plan: SketchPlan) -> float:
     uses = [(w, len(w.modules)) for w in plan.weights]
     sketching = sum(n * (2 * w.left * w.rows + 2 * w.right * w.columns + 2 * w.size) for w, n in uses)
     return sketching / sum(n * 6 * w.rows * w.columns for w, n in uses)
+
+
+def snapshot_steps(count: int, total: int | None) -> list[int]:
+    """Steps of the snapshots inside a stage, evenly spaced; none if its length is unknown."""
+    if not total:
+        return []
+    steps = [round(total * (k + 1) / (count + 1)) for k in range(count)]
+    return sorted({step for step in steps if 0 < step < total})
 
 
 def step_row(step: int, optimizer: Optimizer, micro_batches: int, version: int) -> dict[str, Any]:
