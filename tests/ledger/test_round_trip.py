@@ -140,6 +140,7 @@ def _stage_on_disk(root: Path) -> Storage:
         "parent": None,
         "began": 0.0,
         "width": 3,
+        "resumed": [],
         "snapshots": [],
         "versions": [],
         "sketch": {"dtype": "float32"},

@@ -116,7 +116,7 @@ class Recorder:
             | self._facts
         )
         weights = {name: p.data for name, p in self._parameters.items()}
-        self._journal = StageJournal(self._storage, self._stage, weights, trainable, meta)
+        self._journal = StageJournal.begin(self._storage, self._stage, weights, trainable, meta)
         self._writer = StageWriter(self._storage, f"stages/{self._stage}", self._sketch.dtype)
         for line in preflight_lines(self._stage, self._plan, self._sketch, self._journal.meta):
             logger.info(line)

@@ -18,29 +18,35 @@ from trainer_attrib.version import __version__
 class StageJournal:
     """The metadata of one stage being recorded: status, plan, snapshots, second-moment versions.
 
-    Args:
-        storage: the ledger.
-        name: stage, not recorded yet.
-        weights: all parameters by canonical name, with the values the stage starts from.
-        trainable: the names of those that train.
-        meta: what else to store (plan, optimizer, versions of the software), JSON-ready.
-
-    Raises:
-        StageExistsError: the name is taken.
-        ModelMismatchError: the ledger was recorded from another model.
+    Made by :meth:`begin` or :meth:`resume`.
     """
 
-    def __init__(
-        self, storage: Storage, name: str, weights: dict[str, Tensor], trainable: set[str], meta: dict[str, Any]
-    ) -> None:
-        self._storage, self._folder, self._trainable = storage, f"stages/{name}", trainable
+    def __init__(self, storage: Storage, name: str, trainable: set[str], meta: dict[str, Any]) -> None:
+        self._storage, self._folder, self._trainable, self.meta = storage, f"stages/{name}", trainable, meta
+
+    @staticmethod
+    def begin(
+        storage: Storage, name: str, weights: dict[str, Tensor], trainable: set[str], facts: dict[str, Any]
+    ) -> StageJournal:
+        """Create the stage.
+
+        Args:
+            storage: the ledger, created if needed.
+            name: of the stage, not recorded yet.
+            weights: all parameters by canonical name, with the values the stage starts from.
+            trainable: the names of those that train.
+            facts: what else to store (plan, optimizer, versions of the software), JSON-ready.
+
+        Raises:
+            StageExistsError: the name is taken.
+            ModelMismatchError: the ledger was recorded from another model.
+        """
         _open_ledger(storage, weights)
-        fingerprints = fingerprint_tensors(weights)
-        start = combine(fingerprints)
+        start = combine(fingerprint_tensors(weights))
         parent = _stage_ending_with(storage, start)
-        if not storage.create_folder(self._folder):
+        if not storage.create_folder(f"stages/{name}"):
             raise stage_exists(storage, name)
-        self.meta: dict[str, Any] = {
+        meta: dict[str, Any] = {
             "format": FORMAT,
             "name": name,
             "status": "recording",
@@ -51,9 +57,38 @@ class StageJournal:
             "weights": {"start": start, "end": None},
             "snapshots": [],
             "versions": [],
-            **meta,
+            "resumed": [],
+            **facts,
         }
-        self._keep_start(parent, weights)
+        journal = StageJournal(storage, name, trainable, meta)
+        journal._keep_start(parent, weights)
+        return journal
+
+    @staticmethod
+    def resume(storage: Storage, name: str, after_step: int, trainable: set[str], plan: dict[str, Any]) -> StageJournal:
+        """Go on with a stage that broke off, from a checkpoint taken after ``after_step``.
+
+        Nothing is removed: what was recorded after that step is superseded, and readers leave it out.
+
+        Raises:
+            StageNotFoundError: there is no such stage.
+            StageExistsError: it ran to its end.
+            ModelMismatchError: the model's layers or the sketch's settings are others than when it began.
+        """
+        stage = Ledger(storage.url).stage(name)
+        if stage.meta["status"] == "complete":
+            raise stage_exists(storage, name)
+        if stage.meta["plan"] != plan or set(stage.meta["trainable"]) != trainable:
+            raise ModelMismatchError(
+                f"Stage '{name}' began with other layers or sketch settings than it is resumed with.",
+                cause="the model, its frozen weights or the SketchConfig were changed between the two runs.",
+                fix="resume with the same settings, or record the rest as a stage of its own name.",
+            )
+        kept = [entry for entry in stage.meta["snapshots"] if entry["step"] <= after_step]
+        attempt = {"after_step": after_step, "parts": stage.part_counts()}
+        journal = StageJournal(storage, name, trainable, stage.meta)
+        journal.update(status="recording", reason="", snapshots=kept, resumed=[*stage.meta["resumed"], attempt])
+        return journal
 
     def update(self, **changes: Any) -> None:
         """Change entries of ``stage.json`` and write it."""
@@ -95,6 +130,8 @@ class StageJournal:
 def check_place(url: Any, stage: str) -> Storage:
     """Fail before training starts, not during it: the name is valid and free, the place can be written.
 
+    The name of a stage that broke off passes, since training may be resumed; :meth:`StageJournal.begin` refuses it.
+
     Raises:
         ConfigurationError, StageExistsError, LedgerNotWritableError, LedgerFormatError.
     """
@@ -102,7 +139,7 @@ def check_place(url: Any, stage: str) -> Storage:
     check_stage_name(stage)
     if storage.exists("ledger.json"):
         check_format(storage.read_json("ledger.json"), storage.path("ledger.json"))
-    if storage.exists(f"stages/{stage}"):
+    if storage.exists(f"stages/{stage}/stage.json") and StageReader(storage, stage).meta["status"] == "complete":
         raise stage_exists(storage, stage)
     storage.check_writable()
     return storage
@@ -113,7 +150,8 @@ def stage_exists(storage: Storage, name: str) -> StageExistsError:
     return StageExistsError(
         f"Stage '{name}' is already recorded in {storage.url}.",
         cause="the training script ran before with the same ledger and stage name.",
-        fix=f"give this run another name, or remove {storage.path(f'stages/{name}')} if it is not needed.",
+        fix="give this run another name; if it broke off, resume it from a checkpoint; or remove "
+        f"{storage.path(f'stages/{name}')} if it is not needed.",
     )
 
 

@@ -54,17 +54,34 @@ class StageReader:
         return int(self.meta["width"])
 
     def parts(self) -> list[dict[str, Any]]:
-        """Manifest entries of all sealed parts of all ranks."""
-        names = [n for n in self._storage.names(self._folder) if n.startswith("manifest-") and n.endswith(".json")]
-        manifests = [self._storage.read_json(f"{self._folder}/{name}") for name in names]
-        for manifest, name in zip(manifests, names, strict=True):
+        """Manifest entries of all sealed parts of all ranks, each with ``until``: the last step of it that counts.
+
+        Where a stage was resumed from a checkpoint, steps after the checkpoint that the earlier attempt had recorded
+        never became part of the model; they stay on disk and are left out by every reader.
+        """
+        found = []
+        for name in self._manifests():
+            manifest = self._storage.read_json(f"{self._folder}/{name}")
             check_format(manifest, self._storage.path(f"{self._folder}/{name}"))
             check_names((n for part in manifest["parts"] for n in part["files"]), self._storage.path(name))
-        return [part for manifest in manifests for part in manifest["parts"]]
+            for index, part in enumerate(manifest["parts"]):
+                limits = [r["after_step"] for r in self.meta["resumed"] if index < r["parts"].get(name, 0)]
+                found.append({**part, "until": min(limits, default=None)})
+        return found
+
+    def part_counts(self) -> dict[str, int]:
+        """Number of sealed parts in each manifest."""
+        return {name: len(self._storage.read_json(f"{self._folder}/{name}")["parts"]) for name in self._manifests()}
+
+    def _manifests(self) -> list[str]:
+        names = self._storage.names(self._folder)
+        return [name for name in names if name.startswith("manifest-") and name.endswith(".json")]
 
     def count(self, kind: str) -> int:
-        """Number of sealed ``"rows"``, ``"steps"`` or ``"examples"``."""
-        return sum(part[kind] for part in self.parts())
+        """Number of sealed ``"rows"``, ``"steps"`` or ``"examples"`` that count."""
+        if kind == "examples" or not self.meta["resumed"]:
+            return sum(part[kind] for part in self.parts())
+        return self.steps().num_rows if kind == "steps" else sum(block.table.num_rows for block in self.rows())
 
     @property
     def bytes(self) -> int:
@@ -86,7 +103,11 @@ class StageReader:
                 self._check_length(part, raw)
                 if part["files"][raw]["bytes"] != part["rows"] * self.width * np.dtype(dtype).itemsize:
                     raise self._corrupt(raw, f"its length does not fit {part['rows']} rows of {self.width} {dtype}")
-                yield RowBlock(table, self._storage.array(f"{self._folder}/{raw}", dtype, self.width))
+                sketches = self._storage.array(f"{self._folder}/{raw}", dtype, self.width)
+                if part["until"] is not None:
+                    counts = np.flatnonzero(table["step"].to_numpy() <= part["until"])
+                    table, sketches = table.take(counts), sketches[counts]
+                yield RowBlock(table, sketches)
 
     def steps(self) -> pa.Table:
         """All recorded optimizer steps, in order."""
@@ -145,12 +166,13 @@ class StageReader:
         return f"stages/{check_stage_name(folder)}/{snapshot_name(check_stage_name(stored))}"
 
     def _all(self, kind: str, schema: pa.Schema) -> pa.Table:
-        tables = [
-            self._table(part, name)
-            for part in self.parts()
-            for name in part["files"]
-            if name.startswith(f"{kind}/") and name.endswith(".parquet")
-        ]
+        tables = []
+        for part in self.parts():
+            name = next(n for n in part["files"] if n.startswith(f"{kind}/") and n.endswith(".parquet"))
+            table = self._table(part, name)
+            if part["until"] is not None and "step" in table.column_names:
+                table = table.take(np.flatnonzero(table["step"].to_numpy() <= part["until"]))
+            tables.append(table)
         return pa.concat_tables(tables) if tables else schema.empty_table()
 
     def _table(self, part: dict[str, Any], name: str) -> pa.Table:

@@ -36,7 +36,7 @@ class StageWriter:
         self._queue: queue.Queue[Callable[[], Block] | None] = queue.Queue(QUEUED_STEPS)
         self._buffer: list[Block] = []
         self._buffered, self._opened = 0, time.monotonic()
-        self._parts: list[dict[str, Any]] = []
+        self._parts = self._sealed_before()
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="trainer-attrib-writer", daemon=True)
         self._thread.start()
@@ -54,6 +54,11 @@ class StageWriter:
             self._thread.join()
         if self._fault is not None:
             raise self._fault
+
+    def _sealed_before(self) -> list[dict[str, Any]]:
+        """Parts of an earlier attempt at this stage: a resumed stage appends, it never overwrites."""
+        name = f"{self._folder}/{manifest_name(self._rank)}"
+        return self._storage.read_json(name)["parts"] if self._storage.exists(name) else []
 
     def _run(self) -> None:
         while (make := self._queue.get()) is not None:
