@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer_attrib.capture.optimizer_tap import second_moment
+from trainer_attrib.capture.moment_readers import second_moment
 from trainer_attrib.capture.recorder import Recorder
 from trainer_attrib.ledger.reader import Ledger, StageReader
 from trainer_attrib.numerics.second_moment import factor

@@ -11,14 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from trainer_attrib.capture.moment_readers import overwrites_gradients
 
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """One parameter group's settings as the step used them. ``beta1`` is the momentum for SGD."""
+    """One parameter group's settings as the step used them. ``beta1`` is the momentum for SGD; the learning rate is NaN
+    where the optimizer makes its own for each weight (``transformers``' Adafactor)."""
 
     learning_rate: float
     weight_decay: float
@@ -34,23 +38,57 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
 
 
 class OptimizerTap:
-    """Calls ``after_step`` after every executed update, until detached."""
+    """Calls ``after_step`` after every executed update, with the gradients that it used, until detached."""
 
     def __init__(self, optimizer: Any, after_step: Callable[[], None]) -> None:
         self.optimizer = unwrap_optimizer(optimizer)
         self._after_step = after_step
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
+        self._used: list[tuple[Tensor, Tensor]] = []  # parameters and their gradients, where the step overwrites them
 
     def attach(self) -> OptimizerTap:
-        """Register the hook."""
-        self._handle = self.optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self._after_step())
+        """Register the hooks."""
+        if overwrites_gradients(self.optimizer):
+            self._handles.append(self.optimizer.register_step_pre_hook(self._before_overwriting))
+        self._handles.append(self.optimizer.register_step_post_hook(self._after))
         return self
 
     def detach(self) -> None:
-        """Remove the hook; safe to call twice."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Remove the hooks; safe to call twice."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._used = []
+
+    def _before_overwriting(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Copy the gradients, after the closure if they are computed inside the step. ``args`` begin with self."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._keep_gradients()
+            return None
+
+        @torch.enable_grad()
+        def and_keep() -> Any:
+            loss = closure()
+            self._keep_gradients()
+            return loss
+
+        return (args[0],), kwargs | {"closure": and_keep}
+
+    def _keep_gradients(self) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._used = [(p, p.grad.clone()) for p in parameters]
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+        """Show ``after_step`` the gradients that were used; put back what the step left."""
+        left = [(p, p.grad) for p, _ in self._used]
+        for p, gradient in self._used:
+            p.grad = gradient
+        try:
+            self._after_step()
+        finally:
+            for p, gradient in left:
+                p.grad = gradient
+            self._used = []
 
 
 def group_settings(optimizer: Optimizer) -> list[GroupSettings]:
@@ -60,7 +98,8 @@ def group_settings(optimizer: Optimizer) -> list[GroupSettings]:
 
 def _settings(group: dict[str, Any]) -> GroupSettings:
     beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), 0.0))
-    return GroupSettings(float(group["lr"]), float(group.get("weight_decay", 0.0)), float(beta1), float(beta2))
+    rate = float("nan") if group["lr"] is None else float(group["lr"])
+    return GroupSettings(rate, float(group.get("weight_decay", 0.0)), float(beta1), float(beta2))
 
 
 def describe_optimizer(optimizer: Optimizer, names: dict[int, str]) -> dict[str, Any]:
@@ -69,7 +108,10 @@ def describe_optimizer(optimizer: Optimizer, names: dict[int, str]) -> dict[str,
     for group in optimizer.param_groups:
         constants = {k: v for k, v in group.items() if k != "params" and isinstance(v, int | float | bool | str)}
         settings = _settings(group)
-        constants |= {"lr": settings.learning_rate, "betas": [settings.beta1, settings.beta2]}
+        constants |= {
+            "lr": None if group["lr"] is None else settings.learning_rate,
+            "betas": [settings.beta1, settings.beta2],
+        }
         groups.append({"parameters": [names.get(id(p), "?") for p in group["params"]], "settings": constants})
     kind = type(optimizer)
     return {
@@ -82,23 +124,3 @@ def describe_optimizer(optimizer: Optimizer, names: dict[int, str]) -> dict[str,
 
 def _decoupled(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, AdamW) or any(g.get("decoupled_weight_decay") for g in optimizer.param_groups)
-
-
-def correction_unavailable(optimizer: Optimizer) -> str:
-    """Why this optimizer's second moments cannot be used, or ``""``. Raw rows are stored where there is a reason."""
-    if isinstance(optimizer, Adam | AdamW):
-        return ""
-    return f"{type(optimizer).__name__} keeps no second moments that this version reads; rows are raw gradients"
-
-
-def second_moment(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-    """Bias-corrected second moment that the step just executed divided by; None before the parameter's first update.
-
-    v / (1 - beta2^t), with the running maximum of v for amsgrad (Kingma & Ba 2015, algorithm 1; Reddi et al. 2018).
-    """
-    state = optimizer.state.get(parameter, {})
-    if "exp_avg_sq" not in state:
-        return None
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-    return moment / (1 - float(group["betas"][1]) ** float(state["step"]))

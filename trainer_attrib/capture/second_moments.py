@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer_attrib.capture.optimizer_tap import correction_unavailable, second_moment
-from trainer_attrib.numerics.second_moment import factor
+from trainer_attrib.capture.moment_readers import Factored, correction_unavailable, second_moment
+from trainer_attrib.numerics.second_moment import append_bias, factor
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 from trainer_attrib.tap.projections import Factors
 from trainer_attrib.types import Correction
@@ -30,21 +29,34 @@ class SecondMoments:
         self._next = FIRST if wanted and not self.unavailable else None
 
     def due(self, step: int) -> bool:
-        """Whether a new version is to be made after this step; says so once per version."""
-        if self._next is None or step < self._next:
-            return False
-        self._next *= GROWTH
-        return True
+        """Whether a new version is to be made after this step."""
+        return self._next is not None and step >= self._next
 
     def factors(self) -> Factors:
-        """Row and column means of the bias-corrected second moments, for the weights that were updated already."""
-        found = {weight.name: self._extended(weight) for weight in self._plan.weights}
-        return {name: factor(moment) for name, moment in found.items() if moment is not None}
+        """Row and column means of the second moments, for the weights that were updated already; {} for none yet.
 
-    def _extended(self, weight: WeightPlan) -> Tensor | None:
-        """A weight's second moment with its bias's appended, as the sketch sees them."""
+        A state that is not what its optimizer's reader expects ends the correction: ``unavailable`` says why.
+        """
+        try:
+            found = {weight.name: self._factors(weight) for weight in self._plan.weights}
+        except KeyError as missing:
+            name = type(self._optimizer).__name__
+            self.unavailable = f"{name}'s state has no {missing}; rows are raw gradients from here on"
+            self._next = None
+            return {}
+        known = {name: factors for name, factors in found.items() if factors is not None}
+        if known and self._next is not None:
+            self._next *= GROWTH
+        return known
+
+    def _factors(self, weight: WeightPlan) -> tuple[Tensor, Tensor] | None:
+        """A weight's row and column means with its bias's appended, as the sketch sees them."""
         moment = second_moment(self._optimizer, self._parameters[weight.name])
-        if moment is None or not weight.bias:
-            return moment
+        if moment is None:
+            return None
+        means = (moment.rows, moment.columns) if isinstance(moment, Factored) else factor(moment)
+        if not weight.bias:
+            return means
         bias = second_moment(self._optimizer, self._parameters[weight.bias])
-        return None if bias is None else torch.cat([moment, bias.unsqueeze(weight.bias_axis)], dim=weight.bias_axis)
+        assert not isinstance(bias, Factored)  # a vector
+        return None if bias is None else append_bias(*means, bias, weight.bias_axis)

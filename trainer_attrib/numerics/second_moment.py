@@ -19,6 +19,25 @@ def factor(moment_RC: Tensor) -> tuple[Tensor, Tensor]:
     return moment_RC.mean(1), moment_RC.mean(0)
 
 
+def append_bias(rows_R: Tensor, columns_C: Tensor, bias: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The means of a second moment to which its bias's is appended as one more row (axis 0) or column (axis 1).
+
+    Args:
+        rows_R: row means without the bias, [R].
+        columns_C: column means without the bias, [C].
+        bias: the bias's second moment, along the axis that it does not extend: [C] for axis 0, [R] for axis 1.
+        axis: that the bias extends.
+
+    Returns:
+        row and column means in float64, one of them longer by 1.
+    """
+    rows_R, columns_C, bias = rows_R.double(), columns_C.double(), bias.double()
+    along, across = (rows_R, columns_C) if axis == 0 else (columns_C, rows_R)
+    count = len(along)
+    along, across = torch.cat([along, bias.mean().reshape(1)]), (across * count + bias) / (count + 1)
+    return (along, across) if axis == 0 else (across, along)
+
+
 def inverse_root(rows_R: Tensor, columns_C: Tensor, floor: float = 1e-4) -> tuple[Tensor, Tensor]:
     """Scales a, b with a b^T ~ 1/sqrt(V), to be multiplied into the columns of the two projections.
 
