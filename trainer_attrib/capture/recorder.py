@@ -287,11 +287,8 @@ class Recorder:
 
     def _refresh(self) -> None:
         """Fold the current second moments into the projections that the next steps are sketched with."""
-        factors = self._moments.factors()
-        if self._moments.unavailable:
-            self._journal.update(correction_unavailable=self._moments.unavailable)
-        if not factors:
-            return
+        if not (factors := self._moments.factors()):  # none yet, or none that can be read
+            return self._journal.update(correction_unavailable=self._moments.unavailable)
         version = self._journal.second_moment(self.step, factors)
         self._tap.projections = Projections(self._plan, self._model, factors, version)
 
