@@ -196,3 +196,20 @@ def test_results_render_as_table_text_and_page(tmp_path):
         assert expected in html
     assert "<table" in effects._repr_html_()
     assert effects.report(tmp_path / "effects.html").exists()
+
+
+def test_results_plot(tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    run = three_stages(tmp_path / "run")
+    analyzer = Analyzer(run.ledger, run.model)
+    effects = analyzer.stage_effects([margins("a"), margins("b", seed=4)], ["change", "subtract"])
+    influence = analyzer.influence([margins(count=2)])
+    figures = [effects.plot(), influence.plot()]
+    assert [len(figure.axes) for figure in figures] == [2, 1]
+    assert [axis.get_title() for axis in figures[0].axes] == ["a", "b"]
+    assert len(figures[0].axes[0].patches) == 6
+    for figure in figures:
+        figure.savefig(tmp_path / "plot.png")
+        pyplot.close(figure)
