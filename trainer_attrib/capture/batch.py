@@ -1,18 +1,123 @@
-"""What a forward pass over a training batch tells: how many rows, which content, what labels."""
+"""Which forward passes are recorded, and what the batch tells about them: how many rows, which content, what labels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from trainer_attrib.capture.denominator import DenominatorProbe, count_targets
 from trainer_attrib.capture.example_ids import hash_rows, pair_hashes
 from trainer_attrib.capture.window import Known, MicroBatch
-from trainer_attrib.tap.module_tap import ModuleTap
+from trainer_attrib.tap.module_tap import ModuleTap, Unwatched
 from trainer_attrib.types import Layout
 
 _CONTENT = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+
+
+class BatchWatch:
+    """Opens a record for every micro-batch that training will backpropagate.
+
+    A forward pass of the model opens one from its arguments. A loop whose training step may call submodules instead
+    hands over the batch: one record then takes all forward passes of the block, and a new one those after a step.
+
+    Args:
+        model: its forward is watched, and the outputs of its direct submodules where the batch was handed over.
+        tap: what records.
+        layout: which rows of a forward pass form one example.
+        texts: whether inputs are kept for their text.
+        wanted: whether the current step is captured.
+        add: takes each opened micro-batch.
+        attempt: runs recording work so that a fault in it does not end training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tap: ModuleTap,
+        layout: Layout,
+        *,
+        texts: bool,
+        wanted: Callable[[], bool],
+        add: Callable[[MicroBatch], None],
+        attempt: Callable[[Callable[[], object]], None],
+    ) -> None:
+        self._model, self._tap, self._layout, self._texts = model, tap, layout, texts
+        self._wanted, self._add, self._attempt = wanted, add, attempt
+        self._known: Known | None = None  # set inside a block
+        self._content: Any = None  # the batch that the block was given
+        self._whole: MicroBatch | None = None  # what takes every forward pass of the block
+        self._newest: MicroBatch | None = None
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Register the hooks."""
+        before, after = Unwatched(self._before_forward), Unwatched(self._after_forward)
+        self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        for module in (self._model, *self._model.children()):
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove every hook; safe to call twice."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @contextmanager
+    def block(self, known: Known, content: Any) -> Iterator[None]:
+        """Forward passes inside are over these examples."""
+        self._known, self._content = known, content
+        self._attempt(self.renew)
+        try:
+            yield
+        finally:
+            if self._whole is not None:
+                self._tap.record = None
+            self._known = self._content = self._whole = None
+
+    def renew(self) -> None:
+        """Open the block's record, anew after each step: what follows in the block belongs to the next step."""
+        if self._content is None:
+            return
+        self._tap.record = None
+        if not self._wanted():
+            return
+        if self._whole is None:
+            self._whole = self._open(*_tensors(self._content))
+        else:
+            record = self._tap.open(self._whole.record.rows, self._whole.record.layout)
+            self._whole = self._newest = replace(self._whole, record=record, probe=None)
+            self._add(self._whole)
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled() or self._whole is not None:
+            return  # evaluation, generation, a reference model's pass; or the block's record takes it
+        if self._wanted() and (module.training or self._known is not None):
+            self._attempt(lambda: self._open(args, kwargs))
+        else:
+            self._tap.record = None
+
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch | None:
+        known = self._known or Known()
+        keep = self._texts and known.texts is None
+        micro = open_micro_batch(self._tap, args, kwargs, known, self._layout, keep_inputs=keep)
+        if micro is None:
+            self._tap.record = None
+        else:
+            self._newest = micro
+            self._add(micro)
+        return micro
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        micro = self._newest
+        if micro is None or self._tap.record is not micro.record or not torch.is_grad_enabled():
+            return
+        if module is self._model or self._whole is not None:
+            labels = kwargs["labels"] if "labels" in kwargs else _tensors(self._content)[1].get("labels")
+            self._attempt(lambda: watch_output(micro, labels, output))
 
 
 def open_micro_batch(
@@ -39,14 +144,34 @@ def open_micro_batch(
     )
 
 
-def watch_output(micro_batch: MicroBatch, kwargs: dict[str, Any], output: Any) -> None:
-    """Attach the denominator probe to what the forward pass returned."""
-    if micro_batch.record.layout is Layout.ROWS:
-        micro_batch.probe = DenominatorProbe.watch(output, kwargs.get("labels"))
-
-
 def batch_content(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The tensor that identifies the batch's examples: the model's main input."""
     named = [kwargs[name] for name in _CONTENT if isinstance(kwargs.get(name), Tensor)]
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() >= 1]
     return next(iter([*named, *tensors]), None)
+
+
+def _tensors(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """A batch as the arguments of a forward pass: its tensors, the largest (no label) first, and by name."""
+    found: list[Tensor] = []
+    named: dict[str, Any] = {}
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            named.update({str(key): inner for key, inner in value.items() if isinstance(inner, Tensor)})
+            for inner in value.values():
+                collect(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                collect(inner)
+
+    collect(batch)
+    return tuple(sorted(found, key=Tensor.numel, reverse=True)), named
+
+
+def watch_output(micro_batch: MicroBatch, labels: Any, output: Any) -> None:
+    """Attach the denominator probe to what a forward pass returned, unless an earlier one of the batch has it."""
+    if micro_batch.record.layout is Layout.ROWS and micro_batch.probe is None:
+        micro_batch.probe = DenominatorProbe.watch(output, labels)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Self
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer_attrib.capture import coverage as checks
-from trainer_attrib.capture.batch import open_micro_batch, watch_output
+from trainer_attrib.capture.batch import BatchWatch
 from trainer_attrib.capture.messages import logger, show_messages
 from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.optimizer_tap import OptimizerTap
@@ -24,11 +24,11 @@ from trainer_attrib.capture.stage_facts import (
     stage_facts,
     step_row,
 )
-from trainer_attrib.capture.window import Describe, Known, MicroBatch, RowMaker, Window
+from trainer_attrib.capture.window import Describe, Known, MicroBatch, Names, RowMaker, Window
 from trainer_attrib.ledger.journal import StageJournal, check_place
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.ledger.writer import StageWriter
-from trainer_attrib.tap.module_tap import ModuleTap, Unwatched
+from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.plan import WeightPlan, parameters_by_name, plan_sketch
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.types import Layout, SketchConfig
@@ -84,19 +84,22 @@ class Recorder:
         self._storage = check_place(ledger, stage)
         self._model, self._stage, self._strict = model, stage, strict
         self._sketch = sketch or SketchConfig()
-        self._describe, self._layout, self._facts = describe, layout, dict(facts or {})
+        self._describe, self._facts = describe, dict(facts or {})
         self._optimizer_tap = OptimizerTap(optimizer, self._after_step)
         self._plan = plan_sketch(model, self._sketch)
         self._raw = Projections(self._plan, model)
         self._tap = ModuleTap(model, self._plan, self._raw, self._fault)
         self._parameters = parameters_by_name(model)
         self._snapshot_steps = snapshot_steps(snapshots, total_steps)
-        self._window, self._known = Window(), Known()
+        self._window = Window()
+        self._batches = BatchWatch(
+            model, self._tap, layout, texts=describe is not None, wanted=self._captures, add=self._add,
+            attempt=self.attempt,
+        )  # fmt: skip
         self._rows: RowMaker | None = None
         self._audited: list[WeightPlan] = []
         self._keep: Tensor | None = None
-        self._handles: list[Any] = []
-        self._open = self._running = self._explicit = False
+        self._open = self._running = False
         self._meter = Meter()
         self.step = 0
         self.epoch: float | None = None
@@ -120,10 +123,7 @@ class Recorder:
         self._writer = StageWriter(self._storage, f"stages/{self._stage}", self._sketch.dtype)
         for line in preflight_lines(self._stage, self._plan, self._sketch, self._journal.meta):
             logger.info(line)
-        self._handles = [
-            self._model.register_forward_pre_hook(Unwatched(self._before_forward), with_kwargs=True, prepend=True),
-            self._model.register_forward_hook(Unwatched(self._after_forward), with_kwargs=True),
-        ]
+        self._batches.attach()
         self._tap.attach()
         self._optimizer_tap.attach()
         self._open = self._running = True
@@ -153,15 +153,15 @@ class Recorder:
 
     # ---- what the training loop may tell --------------------------------------------------------------------------
 
-    @contextmanager
     def batch(
         self,
-        ids: Sequence[Any] | Tensor | None = None,
+        ids: Names | None = None,
         *,
-        sources: Sequence[str] | None = None,
+        sources: Names | None = None,
         texts: Sequence[str] | None = None,
         denominator: float | None = None,
-    ) -> Iterator[None]:
+        content: Any = None,
+    ) -> AbstractContextManager[None]:
         """Name the examples of the forward passes inside the block.
 
         Args:
@@ -169,20 +169,18 @@ class Recorder:
             sources: where each example comes from.
             texts: what each example says.
             denominator: by how much the loss divides each example's own loss, where it cannot be measured.
+            content: the batch itself, a tensor or any nesting of dicts and lists of them. Give it where the forward
+                pass does not go through ``model(...)`` but through its submodules, or several times.
         """
-        listed = ids.tolist() if isinstance(ids, Tensor) else ids
-        self._known, self._explicit = Known(listed, sources, texts, denominator), True
-        try:
-            yield
-        finally:
-            self._known, self._explicit = Known(), False
+        kept = ids.detach().clone() if isinstance(ids, Tensor) else ids  # the loop may reuse its buffer
+        return self._batches.block(Known(kept, sources, texts, denominator), content)
 
     def note_loss(self, loss: Any) -> None:
         """Add a micro-batch's loss, as backpropagated, to the current step's."""
         if self._running and isinstance(loss, Tensor):
             self._window.losses.append(loss.detach())
 
-    def attempt(self, work: Callable[[], None]) -> None:
+    def attempt(self, work: Callable[[], object]) -> None:
         """Run recording work that must not end training: a fault in it is handled like any capture fault."""
         try:
             work()
@@ -191,30 +189,11 @@ class Recorder:
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled():
-            return  # evaluation, generation, a reference model's pass
-        captures = self.step % self._sketch.every_n_steps == 0
-        if not (captures and (module.training or self._explicit)):
-            self._tap.record = None
-        elif self._running:
-            self.attempt(lambda: self._open_record(args, kwargs))
+    def _captures(self) -> bool:
+        return self._running and self.step % self._sketch.every_n_steps == 0
 
-    def _open_record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep = self._describe is not None and self._known.texts is None
-        micro = open_micro_batch(self._tap, args, kwargs, self._known, self._layout, keep_inputs=keep)
-        if micro is None:
-            self._tap.record = None
-        else:
-            self._window.add(micro)
-
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        record = self._tap.record
-        if record is None or not torch.is_grad_enabled() or not self._running:
-            return
-        micro = self._window.micro_batches[-1] if self._window.micro_batches else None
-        if micro is not None and micro.record is record:
-            self.attempt(lambda: watch_output(micro, kwargs, output))
+    def _add(self, micro: MicroBatch) -> None:
+        self._window.add(micro)
 
     def _after_step(self) -> None:
         if not self._running:
@@ -235,8 +214,9 @@ class Recorder:
             self._check_coverage(window, captured)
         elif self._rows is None and self.step == 1:
             logger.warning(
-                "stage '%s': no layer fired in the first step; is the model compiled or replaced?", self._stage
-            )
+                "stage '%s': no layer fired in the first step; is the model compiled or replaced? If training calls "
+                "only submodules of it, say what the batch is: `with recorder.batch(content=batch):`", self._stage,
+            )  # fmt: skip
         row = step_row(self.step, self.optimizer, len(trained), self._tap.projections.version)
         row |= {"epoch": self.epoch, "clip_threshold": self.clip_threshold}
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None and not p.grad.is_sparse]
@@ -245,6 +225,7 @@ class Recorder:
         self._writer.put(lambda: self._make_block(row, scalars, projected, trained))
         if self._moments.due(self.step):
             self._refresh()
+        self._batches.renew()
         if self.step in self._snapshot_steps:
             self._journal.snapshot(f"mid-{self._snapshot_steps.index(self.step) + 1}", self.step, self._weights())
 
@@ -315,8 +296,7 @@ class Recorder:
         self._running = False
         self._tap.detach()
         self._optimizer_tap.detach()
-        while self._handles:
-            self._handles.pop().remove()
+        self._batches.detach()
 
     def _seal(self) -> None:
         """Remove the hooks and seal what was captured, whatever else fails."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer_attrib.capture.denominator import DenominatorProbe
 from trainer_attrib.capture.example_ids import id_strings
+from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.numerics.sketching import unit_rows
 from trainer_attrib.tap.module_tap import Record
@@ -19,13 +20,16 @@ from trainer_attrib.tap.module_tap import Record
 Describe = Callable[[Tensor, Tensor | None], Sequence[str]]
 """(token rows [R, S], mask [R, S] or None) -> the text of each row."""
 
+Names = Sequence[Any] | Tensor
+"""One name per example: strings, integers or a tensor of integers, which is read on the writer's thread."""
+
 
 @dataclass(frozen=True)
 class Known:
     """What the caller knows of a micro-batch's examples; whatever is None is derived from the batch itself."""
 
-    ids: Sequence[str] | None = None
-    sources: Sequence[str] | None = None
+    ids: Names | None = None
+    sources: Names | None = None
     texts: Sequence[str] | None = None
     denominator: float | None = None
 
@@ -119,7 +123,7 @@ class RowMaker:
             return []
         self.seen.update(fresh)
         texts = self._texts(micro, list(fresh.values()))
-        sources = micro.known.sources
+        sources = None if micro.known.sources is None else _strings(micro.known.sources)
         return [
             {"example": i, "source": sources[row] if sources else None, "text": text}
             for (i, row), text in zip(fresh.items(), texts, strict=True)
@@ -153,7 +157,19 @@ def measured_denominator(micro: MicroBatch, window: int) -> tuple[float, str]:
 
 
 def _ids(micro: MicroBatch) -> list[str]:
-    return id_strings(micro.hashes) if micro.known.ids is None else [str(i) for i in micro.known.ids]
+    if micro.known.ids is None:
+        return id_strings(micro.hashes)
+    ids = _strings(micro.known.ids)
+    if len(ids) != micro.record.examples:
+        raise ConfigurationError(
+            f"{len(ids)} ids were given for {micro.record.examples} examples.",
+            fix="give one id per example, or none.",
+        )
+    return ids
+
+
+def _strings(names: Names) -> list[str]:
+    return [str(name) for name in (names.reshape(-1).tolist() if isinstance(names, Tensor) else names)]
 
 
 def _rows_each(micro: MicroBatch) -> int:
