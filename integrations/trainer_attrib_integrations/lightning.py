@@ -1,0 +1,187 @@
+"""The callback for Lightning's Trainer, under both of its import names: begins, names and ends a recording."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trainer_attrib.capture.messages import logger
+from trainer_attrib.capture.recorder import Recorder
+from trainer_attrib.errors import ConfigurationError, MissingExtraError
+from trainer_attrib.ledger.journal import check_place
+from trainer_attrib.types import SketchConfig
+
+
+def _callback_class() -> Any:
+    """The base class of the package that is loaded, else of one that is installed.
+
+    There are two, but a trainer of either package takes a callback of the other, whose events it calls by name.
+    """
+    missing: ImportError | None = None
+    for name in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: sys.modules.get(name) is None):
+        try:
+            return importlib.import_module(name).Callback
+        except ImportError as error:
+            missing = missing or error
+    raise MissingExtraError("lightning", "lightning") from missing
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    Callback = _callback_class()
+
+
+class AttributionCallback(Callback):
+    """Record a training stage: ``Trainer(..., callbacks=[AttributionCallback("runs/digits", stage="first")])``.
+
+    Examples are named by ``batch[id_key]`` if batches are dicts that have it (strings, integers or a tensor of them),
+    else by a hash of their content: of the main input if it has a usual name, else of the batch's largest tensor.
+
+    Args:
+        ledger: directory or fsspec URL, the same for all stages of a model.
+        stage: name of this stage, new in the ledger. A second ``fit`` with the same callback becomes ``stage.2``.
+        sketch: how gradients are compressed.
+        snapshots: how many snapshots inside the stage, beside its start and end.
+        strict: raise capture faults; otherwise they are reported once and training goes on.
+        id_key: key of a dict batch with a unique name per example.
+        source_key: key of a dict batch that says where each example comes from.
+
+    Raises:
+        ConfigurationError, StageExistsError, LedgerNotWritableError, LedgerFormatError: at once, not in mid-training.
+    """
+
+    def __init__(
+        self,
+        ledger: str | os.PathLike[str],
+        *,
+        stage: str,
+        sketch: SketchConfig | None = None,
+        snapshots: int = 3,
+        strict: bool = False,
+        id_key: str = "id",
+        source_key: str = "source",
+    ) -> None:
+        check_place(ledger, stage)
+        self._ledger, self._stage, self._attempts = ledger, stage, 0
+        self._options: dict[str, Any] = {"sketch": sketch, "snapshots": snapshots, "strict": strict}
+        self._keys = (id_key, source_key)
+        self._recorder: Recorder | None = None
+        self._batch = ExitStack()  # holds the recorder's block from a batch's start to its end
+
+    # ---- a stage ------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Open the stage."""
+        self._stop("training was started again")
+        if trainer.fast_dev_run:
+            logger.info("a fast_dev_run is not recorded")
+            return
+        _refuse_what_cannot_be_recorded(trainer)
+        self._attempts += 1
+        self._recorder = Recorder(
+            self._ledger,
+            stage=self._stage if self._attempts == 1 else f"{self._stage}.{self._attempts}",
+            model=pl_module,
+            optimizer=trainer.optimizers[0],
+            total_steps=_steps_ahead(trainer),
+            facts=_facts(trainer, pl_module),
+            **self._options,
+        ).start()
+        if trainer.gradient_clip_algorithm != "value":
+            self._recorder.clip_threshold = trainer.gradient_clip_val or None
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Close the stage."""
+        self._batch.close()
+        if self._recorder is not None:
+            self._recorder.finish()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Close a stage that broke off."""
+        self._stop(f"{type(exception).__name__}: {exception}")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Close whatever is still open."""
+        self._stop("training ended without telling its callbacks")
+
+    def _stop(self, reason: str) -> None:
+        self._batch.close()
+        if self._recorder is not None:
+            self._recorder.interrupt(reason)
+        self._recorder = None
+
+    # ---- a micro-batch ------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Name the examples of the forward passes to come."""
+        self._batch.close()
+        if self._recorder is not None:
+            self._recorder.epoch = trainer.current_epoch + batch_idx / trainer.num_training_batches
+            ids, sources, content = _split(batch, *self._keys)
+            self._batch.enter_context(self._recorder.batch(ids, sources=sources, content=content))
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Note the loss as it is backpropagated. At the batch's end it would be too late: the step has been taken."""
+        if self._recorder is not None:
+            self._recorder.note_loss(loss)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The batch is over."""
+        self._batch.close()
+
+
+def _refuse_what_cannot_be_recorded(trainer: Any) -> None:
+    """Raises ConfigurationError before the first step."""
+    names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+    if len(names) != 1:
+        raise ConfigurationError(
+            f"configure_optimizers returned {len(names)} optimizers ({', '.join(names)}); a stage records one.",
+            cause="the rows of a step must belong to one update, and these optimizers take turns.",
+            fix="use one optimizer with several parameter groups, or train without the callback.",
+        )
+    if trainer.world_size > 1:
+        raise ConfigurationError(
+            f"Training runs in {trainer.world_size} processes; this version records one.",
+            fix="train with devices=1, or without the callback.",
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ConfigurationError(
+            "precision='16-mixed' scales the losses, and rows would carry a scale that changes from step to step.",
+            fix="use precision='bf16-mixed' or 32.",
+        )
+
+
+def _split(batch: Any, id_key: str, source_key: str) -> tuple[Any, Any, Any]:
+    """Ids, sources, and the batch without them."""
+    if not isinstance(batch, Mapping):
+        return None, None, batch
+    content = {key: value for key, value in batch.items() if key not in (id_key, source_key)}
+    return batch.get(id_key), batch.get(source_key), content
+
+
+def _steps_ahead(trainer: Any) -> int | None:
+    """Optimizer steps from here to the end, if Lightning can tell."""
+    try:
+        total = trainer.estimated_stepping_batches
+    except Exception:  # a schedule of accumulate_grad_batches
+        return None
+    return int(total) - trainer.global_step if math.isfinite(total) and total > trainer.global_step else None
+
+
+def _facts(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    settings = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm",
+                "precision")  # fmt: skip
+    plain = {name: getattr(trainer, name, None) for name in settings}
+    plain["automatic_optimization"] = pl_module.automatic_optimization
+    return {
+        "trainer": f"{type(trainer).__module__.partition('.')[0]}.{type(trainer).__name__}",
+        "settings": {k: v if isinstance(v, int | float | bool | None) else str(v) for k, v in plain.items()},
+    }
