@@ -63,7 +63,7 @@ def _patch(name: str, calls: int = 0) -> Callable[[pytest.MonkeyPatch], None]:
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "opening the batch": _patch("trainer_attrib.capture.batch.open_micro_batch"),
     "watching the output": _patch("trainer_attrib.capture.batch.watch_output", 2),
-    "projecting the input": _patch("trainer_attrib.tap.module_tap._three_axes", 3),
+    "projecting the input": _patch("trainer_attrib.tap.layers._three_axes", 3),
     "adding a sketch": _patch("trainer_attrib.tap.module_tap.sketch_examples", 3),
     "checking coverage": _patch("trainer_attrib.capture.coverage.check_coverage"),
     "projecting the weights": _patch("trainer_attrib.capture.recorder.Recorder._project", 3),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trainer_attrib.errors import CaptureError, UnsupportedLayerError
+from trainer_attrib.tap import layers
 from trainer_attrib.tap.layers import known_layers, register_layer, rule_for
 from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.plan import SketchPlan, canonical, parameters_by_name, plan_sketch
@@ -19,8 +20,10 @@ from trainer_attrib.testing.zoo import (
     CalledTwice,
     FrozenBias,
     FrozenHalf,
+    GroupedConv,
     LinearOnThreeAxes,
     Member,
+    NormsEverywhere,
     TiedEmbedding,
 )
 from trainer_attrib.types import Layout, SketchConfig
@@ -71,10 +74,42 @@ def test_unknown_layers_are_reported_by_type() -> None:
 
 
 def test_model_without_known_layers_is_refused_naming_its_types() -> None:
-    with pytest.raises(UnsupportedLayerError, match=r"Conv2d.*LayerNorm.*torch\.nn\.modules\.linear\.Linear") as caught:
-        plan_sketch(nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm(2)), SketchConfig())
+    with pytest.raises(
+        UnsupportedLayerError, match=r"ConvTranspose2d.*LayerNorm.*torch\.nn\.modules\.linear\.Linear"
+    ) as caught:
+        plan_sketch(nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.LayerNorm(2)), SketchConfig())
     assert isinstance(caught.value, CaptureError)
     assert "register_layer" in caught.value.fix
+
+
+def test_a_convolution_in_groups_is_refused_with_a_reason() -> None:
+    uncovered = plan_sketch(GroupedConv(), SketchConfig()).uncovered
+    assert uncovered == dict.fromkeys(["second.weight", "second.bias"], "groups=7: its weight is 7 matrices, not one")
+
+
+class _Standardized(nn.Conv2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
+def test_a_subclass_that_computes_something_else_is_refused() -> None:
+    model = nn.Sequential(_Standardized(1, 2, 3), nn.Linear(2, 2))
+    assert plan_sketch(model, SketchConfig()).uncovered["0.weight"] == (
+        "_Standardized has a forward of its own, unlike Conv2d"
+    )
+
+
+def test_a_plan_with_a_layer_that_is_not_registered_here_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded with norms, analyzed without having registered them."""
+    model = NormsEverywhere()
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "_RULES", dict(layers._RULES))
+        layers.capture_norms()
+        plan = plan_sketch(model, SketchConfig())
+        projections = Projections(plan, model)
+    with pytest.raises(UnsupportedLayerError, match="'norm' is a LayerNorm") as caught:
+        ModuleTap(model, plan, projections, print)
+    assert "register" in caught.value.fix
 
 
 def test_frequency_scaled_embedding_is_refused() -> None:
@@ -134,7 +169,7 @@ def test_hook_fault_reaches_the_handler_and_not_training(when: str, monkeypatch:
     def broken(*args: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("trainer_attrib.tap.module_tap._three_axes" if when == "forward" else record, *(
+    monkeypatch.setattr("trainer_attrib.tap.layers._three_axes" if when == "forward" else record, *(
         (broken,) if when == "forward" else ("add", broken)
     ))  # fmt: skip
     member(**inputs[0]).sum().backward()

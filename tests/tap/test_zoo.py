@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trainer_attrib.numerics.second_moment import factor, inverse_root
+from trainer_attrib.tap import layers
 from trainer_attrib.tap.plan import plan_sketch
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.testing.oracle import (
@@ -30,6 +31,13 @@ from trainer_attrib.types import Layout, SketchConfig
 
 BATCH = 5
 zoo = pytest.mark.parametrize("kind", MEMBERS, ids=lambda kind: kind.__name__)
+
+
+@pytest.fixture(autouse=True)
+def norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are registered, for these tests only."""
+    monkeypatch.setattr(layers, "_RULES", dict(layers._RULES))
+    layers.capture_norms()
 
 
 def _member(kind: type[Member], rank: int = 4) -> tuple[Member, Projections]:

@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from trainer_attrib.capture.moment_readers import Factored, correction_unavailable, second_moment
 from trainer_attrib.numerics.second_moment import append_bias, factor
+from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 from trainer_attrib.tap.projections import Factors
 from trainer_attrib.types import Correction
@@ -32,6 +33,11 @@ class SecondMoments:
         """Whether a new version is to be made after this step."""
         return self._next is not None and step >= self._next
 
+    def catch_up(self, step: int) -> None:
+        """Plan the next version after this step, as if all before it had been made."""
+        while self._next is not None and self._next <= step:
+            self._next *= GROWTH
+
     def factors(self) -> Factors:
         """Row and column means of the second moments, for the weights that were updated already; {} for none yet.
 
@@ -54,7 +60,7 @@ class SecondMoments:
         moment = second_moment(self._optimizer, self._parameters[weight.name])
         if moment is None:
             return None
-        means = (moment.rows, moment.columns) if isinstance(moment, Factored) else factor(moment)
+        means = (moment.rows, moment.columns) if isinstance(moment, Factored) else factor(as_matrix(moment))
         if not weight.bias:
             return means
         bias = second_moment(self._optimizer, self._parameters[weight.bias])

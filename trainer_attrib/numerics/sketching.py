@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight as the matrix [R, C] that is sketched: a vector is one row, a convolution [out, in * kernel]."""
+    return weight.unsqueeze(0) if weight.dim() == 1 else weight.flatten(1)
+
+
 def sketch_examples(left_BSK: Tensor, right_BSK: Tensor) -> Tensor:
     """Per-example sketches from projected factors.
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trainer_attrib.errors import UnsupportedLayerError
 from trainer_attrib.numerics.sketching import sketch_examples
-from trainer_attrib.tap.layers import LayerRule, rule_for
+from trainer_attrib.tap.layers import Rule, rule_for
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan, parameters_by_name
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.types import Layout
@@ -86,7 +86,7 @@ class _Site:
 
     name: str
     module: nn.Module
-    rule: LayerRule
+    rule: Rule
     weight: WeightPlan
     has_bias: bool  # False for a tied module whose own bias is another parameter, or none
 
@@ -169,11 +169,8 @@ class ModuleTap:
             record.skipped[site.name] = "reentrant checkpointing, with several forward passes before one backward pass"
             return
         pair = self.projections[site.weight.name]
-        bias = pair.bias if site.has_bias else None
-        input_axis = site.rule.input_axis
-        of_input, of_output = pair.sides[input_axis], pair.sides[1 - input_axis]
         with torch.no_grad(), _full_precision(x.device.type):
-            input_BSK = _three_axes(site.rule.project_input(site.module, x.detach(), of_input, bias), output)
+            factors_of = site.rule.watch(site.module, x.detach(), pair, pair.bias if site.has_bias else None)
         record.forwards[site.name] += not recomputed
 
         def after_backward(gradient: Tensor | None) -> None:
@@ -182,9 +179,7 @@ class ModuleTap:
             began = time.perf_counter()
             try:
                 with torch.no_grad(), _full_precision(gradient.device.type):
-                    output_BSK = _three_axes(F.linear(gradient.to(of_output.dtype), of_output), gradient)
-                    factors = (input_BSK, output_BSK) if input_axis == 0 else (output_BSK, input_BSK)
-                    record.add(site.weight, *factors)
+                    record.add(site.weight, *factors_of(gradient))
                 record.backwards[site.name] += 1
             except Exception as fault:
                 self._on_fault(fault)
@@ -200,7 +195,11 @@ def _sites(model: nn.Module, plan: SketchPlan) -> list[_Site]:
         for name in weight.modules:
             module = model.get_submodule(name)
             rule = rule_for(module)
-            assert rule is not None
+            if rule is None:
+                raise UnsupportedLayerError(
+                    f"'{name}' is a {type(module).__name__}, not a known layer type here, yet its weight was recorded.",
+                    fix="register the layer type as the training script did (docs/extending.md).",
+                )
             has_bias = bool(weight.bias) and getattr(module, "bias", None) is parameters[weight.bias]
             sites.append(_Site(name, module, rule, weight, has_bias))
     return sites
@@ -226,11 +225,6 @@ def _counts_positions(x: Tensor) -> bool:
     Looking at the values waits for the device, so only inputs that cannot be told apart by their shape are looked at.
     """
     return x.dim() == 1 and not x.is_floating_point() and bool((x == torch.arange(len(x), device=x.device)).all())
-
-
-def _three_axes(projected: Tensor, like: Tensor) -> Tensor:
-    """[B, ..., K] with everything between the batch and the projected axis flattened; a missing axis is length 1."""
-    return projected.reshape(like.shape[0], -1, projected.shape[-1])
 
 
 def _hook_gradient(output: Tensor, hook: Callable[[Tensor | None], None]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer_attrib.errors import UnsupportedLayerError
+from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.layers import known_layers, rule_for
 from trainer_attrib.types import SketchConfig
 
@@ -125,7 +126,7 @@ def _why_not(name: str, module: nn.Module, config: SketchConfig) -> str:
         return f"{type(module).__name__} is not a known layer type"
     if not _matches(name, config.modules.split(",")) or _matches(name, config.exclude):
         return "left out by the settings"
-    return rule.refuse(module)
+    return rule.why_not(module) if isinstance(getattr(module, "weight", None), Tensor) else ""
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -139,15 +140,15 @@ def _weight_plan(
     rule = rule_for(owner)
     assert rule is not None
     assert isinstance(owner.weight, Tensor)
-    rows, columns = owner.weight.shape
+    rows, columns = as_matrix(owner.weight).shape
     bias = getattr(owner, "bias", None)
     with_bias = isinstance(bias, Tensor) and bias.requires_grad
     if with_bias:
-        rows, columns = (rows + 1, columns) if rule.input_axis == 0 else (rows, columns + 1)
+        rows, columns = (rows + 1, columns) if rule.bias_axis == 0 else (rows, columns + 1)
     return WeightPlan(
         name=name,
         bias=names[id(bias)] if with_bias else "",
-        bias_axis=rule.input_axis,
+        bias_axis=rule.bias_axis,
         modules=tuple(modules),
         rows=rows,
         columns=columns,

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from trainer_attrib.numerics.projection import projection
 from trainer_attrib.numerics.second_moment import inverse_root
-from trainer_attrib.numerics.sketching import add_bias, sketch_matrix
+from trainer_attrib.numerics.sketching import add_bias, as_matrix, sketch_matrix
+from trainer_attrib.tap.layers import Pair
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Weight name -> row means [R] and column means [C] of its second moment."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Both projections of one weight, left [K_l, R] and right [K_r, C], bias included.
-
-    ``sides`` are the same without the bias column, contiguous because a slice makes every matrix product slower, and
-    ``bias`` [K] is that column (None without a bias).
-    """
-
-    left: Tensor
-    right: Tensor
-    sides: tuple[Tensor, Tensor]
-    bias: Tensor | None
 
 
 class Projections:
@@ -57,10 +42,10 @@ class Projections:
         sides = (main, right) if weight.bias_axis == 0 else (left, main)
         return Pair(left, right, sides, extended[:, -1].contiguous())
 
-    def sketch(self, weight: WeightPlan, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    def sketch(self, weight: WeightPlan, tensor: Tensor, bias: Tensor | None) -> Tensor:
         """Sketch of a tensor shaped like the weight (the weight itself, its gradient), [K_l, K_r]."""
         pair = self._pairs[weight.name]
-        sketch = sketch_matrix(matrix.to(pair.left.dtype), *pair.sides)
+        sketch = sketch_matrix(as_matrix(tensor).to(pair.left.dtype), *pair.sides)
         if bias is None or pair.bias is None:
             return sketch
         other = pair.sides[1 - weight.bias_axis]

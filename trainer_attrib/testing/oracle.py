@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan, parameters_by_name
 from trainer_attrib.tap.projections import Projections
@@ -43,9 +44,10 @@ def project_gradient(plan: SketchPlan, projections: Projections, gradients: Grad
 
 def whole_weight(weight: WeightPlan, tensors: Gradients) -> Tensor:
     """The tensor of a weight with its bias's appended, [R, C]."""
+    matrix_RC = as_matrix(tensors[weight.name])
     if not weight.bias:
-        return tensors[weight.name]
-    return torch.cat([tensors[weight.name], tensors[weight.bias].unsqueeze(weight.bias_axis)], dim=weight.bias_axis)
+        return matrix_RC
+    return torch.cat([matrix_RC, tensors[weight.bias].unsqueeze(weight.bias_axis)], dim=weight.bias_axis)
 
 
 def exact_sketches(member: Member, inputs: list[Inputs], projections: Projections, seed: int = 0) -> Tensor:

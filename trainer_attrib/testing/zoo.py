@@ -262,6 +262,50 @@ class PositionsWithoutBatch(BroadcastPosition):
         return self.head(self.body(self.embedding(tokens) + positions).tanh())
 
 
+class ConvNet(Member):
+    """Convolutions with strides, dilation and every way of padding, on images and on their rows in sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 7, (3, 2), stride=2, padding=1, padding_mode="reflect")
+        self.second = nn.Conv2d(7, 5, 3, dilation=2, padding="same", bias=False)
+        self.third = nn.Conv1d(5, 6, 4, padding=2, padding_mode="circular")
+        self.activation, self.head = nn.ReLU(inplace=True), nn.Linear(6, 2)
+
+    def inputs(self, generator: Generator, batch: int) -> list[Inputs]:
+        """Images [B, 3, 9, 8]."""
+        return [{"x": _floats(generator, batch, 3, 9, 8)}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, 2]."""
+        hidden = self.second(self.activation(self.first(x)).sin()).tanh()
+        return self.head(self.third(hidden.flatten(2)).tanh().transpose(1, 2))
+
+
+class GroupedConv(ConvNet):
+    """A convolution in groups has several matrices and is refused; the others are captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(7, 7, 3, padding=1, groups=7)
+        self.third = nn.Conv1d(7, 6, 3)
+
+
+class NormsEverywhere(LinearOnThreeAxes):
+    """Norms on two and three axes, called twice, without a bias; captured where they are registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.plain = nn.LayerNorm(WIDTH), nn.LayerNorm(HIDDEN, bias=False)
+        self.rms, self.last = nn.RMSNorm(HIDDEN), nn.LayerNorm(4)
+        for p in (*self.norm.parameters(), *self.plain.parameters(), *self.rms.parameters()):
+            nn.init.normal_(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 4]."""
+        return self.last(self.second(self.rms(self.plain(self.first(self.norm(self.norm(x))).tanh()))).mean(1))
+
+
 MEMBERS: tuple[type[Member], ...] = (
     PlainLinear,
     LinearOnThreeAxes,
@@ -281,6 +325,9 @@ MEMBERS: tuple[type[Member], ...] = (
     RankOneSides,
     BroadcastPosition,
     PositionsWithoutBatch,
+    ConvNet,
+    GroupedConv,
+    NormsEverywhere,
 )
 
 
