@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.recorder import Recorder
 from trainer_attrib.errors import ConfigurationError, MissingExtraError
-from trainer_attrib.ledger.journal import check_place
+from trainer_attrib.ledger.journal import check_place, has_stage
 from trainer_attrib.types import Layout, SketchConfig
 
 try:
@@ -36,7 +36,8 @@ class AttributionCallback(TrainerCallback):
 
     Args:
         ledger: directory or fsspec URL, the same for all stages of a model.
-        stage: name of this stage, new in the ledger. A second ``train()`` on the same trainer becomes ``stage.2``.
+        stage: name of this stage, new in the ledger. A second ``train()`` on the same trainer becomes ``stage.2``. With
+            ``train(resume_from_checkpoint=...)`` a stage of this name that broke off is gone on with.
         sketch: how gradients are compressed.
         snapshots: how many snapshots inside the stage, beside its start and end.
         strict: raise capture faults; otherwise they are reported once and training goes on.
@@ -88,10 +89,11 @@ class AttributionCallback(TrainerCallback):
         self._stop("training was started again")
         self._attempts += 1
         self._trainer = _calling_trainer(self)
+        stage = self._stage if self._attempts == 1 else f"{self._stage}.{self._attempts}"
         tokenizer = kwargs.get("processing_class")
         self._recorder = Recorder(
             self._ledger,
-            stage=self._stage if self._attempts == 1 else f"{self._stage}.{self._attempts}",
+            stage=stage,
             model=kwargs["model"],
             optimizer=kwargs["optimizer"],
             total_steps=state.max_steps,
@@ -99,7 +101,7 @@ class AttributionCallback(TrainerCallback):
             layout=_layout(self._trainer),
             facts=_facts(args, self._trainer),
             **self._options,
-        ).start()
+        ).start(after_step=state.global_step if has_stage(self._ledger, stage) else 0)
         if not self._closes_itself:
             logger.warning(
                 "the callback was added after the trainer was made; if training breaks off between two training steps, "

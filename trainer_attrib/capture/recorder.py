@@ -26,6 +26,7 @@ from trainer_attrib.capture.stage_facts import (
 )
 from trainer_attrib.capture.window import Describe, Known, MicroBatch, Names, RowMaker, Window
 from trainer_attrib.ledger.journal import StageJournal, check_place
+from trainer_attrib.ledger.reader import Ledger
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.ledger.writer import StageWriter
 from trainer_attrib.tap.module_tap import ModuleTap
@@ -97,6 +98,7 @@ class Recorder:
             attempt=self.attempt,
         )  # fmt: skip
         self._rows: RowMaker | None = None
+        self._seen: set[str] = set()
         self._audited: list[WeightPlan] = []
         self._keep: Tensor | None = None
         self._open = self._running = False
@@ -108,8 +110,12 @@ class Recorder:
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
-    def start(self) -> Self:
-        """Open the stage and attach every hook."""
+    def start(self, after_step: int = 0) -> Self:
+        """Open the stage and attach every hook.
+
+        Args:
+            after_step: go on with a stage of this name that broke off, from a checkpoint taken after this step.
+        """
         show_messages()
         optimizer = self.optimizer
         self._moments = SecondMoments(self._plan, optimizer, self._parameters, self._sketch.correction)
@@ -118,8 +124,11 @@ class Recorder:
             stage_facts(self._model, optimizer, self._plan, self._sketch, trainable, self._moments.unavailable)
             | self._facts
         )
-        weights = {name: p.data for name, p in self._parameters.items()}
-        self._journal = StageJournal.begin(self._storage, self._stage, weights, trainable, meta)
+        if after_step:
+            self._journal = StageJournal.resume(self._storage, self._stage, after_step, trainable, meta["plan"])
+            self._resume(after_step)
+        else:
+            self._journal = StageJournal.begin(self._storage, self._stage, self._weights(), trainable, meta)
         self._writer = StageWriter(self._storage, f"stages/{self._stage}", self._sketch.dtype)
         for line in preflight_lines(self._stage, self._plan, self._sketch, self._journal.meta):
             logger.info(line)
@@ -128,6 +137,14 @@ class Recorder:
         self._optimizer_tap.attach()
         self._open = self._running = True
         return self
+
+    def _resume(self, step: int) -> None:
+        """Continue as if there had been no break: count on, fold in the restored optimizer's second moments."""
+        self.step = step
+        self._seen = set(Ledger(self._storage.url).stage(self._stage).examples()["example"].to_pylist())
+        if self._moments.due(step):
+            self._refresh()
+            self._moments.catch_up(step)
 
     def finish(self) -> None:
         """The stage ran to its end: seal the parts, store the end snapshot."""
@@ -249,7 +266,7 @@ class Recorder:
         report = checks.check_coverage(self._model, self._plan, self._tap.projections, window)
         self._keep = checks.keep_columns(self._plan, report, captured)
         self._audited = [w for w in self._plan.weights if w.name not in report.partial]
-        self._rows = RowMaker(report.expected - len(report.silent), self._sketch.dtype, self._describe)
+        self._rows = RowMaker(report.expected - len(report.silent), self._sketch.dtype, self._describe, self._seen)
         self._journal.update(coverage=report.to_dict())
         for line in report.lines():
             logger.info("stage '%s': %s", self._stage, line)

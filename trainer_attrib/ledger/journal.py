@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -78,7 +79,7 @@ class StageJournal:
         stage = Ledger(storage.url).stage(name)
         if stage.meta["status"] == "complete":
             raise stage_exists(storage, name)
-        if stage.meta["plan"] != plan or set(stage.meta["trainable"]) != trainable:
+        if stage.meta["plan"] != json.loads(json.dumps(plan)) or set(stage.meta["trainable"]) != trainable:
             raise ModelMismatchError(
                 f"Stage '{name}' began with other layers or sketch settings than it is resumed with.",
                 cause="the model, its frozen weights or the SketchConfig were changed between the two runs.",
@@ -143,6 +144,11 @@ def check_place(url: Any, stage: str) -> Storage:
         raise stage_exists(storage, stage)
     storage.check_writable()
     return storage
+
+
+def has_stage(url: Any, stage: str) -> bool:
+    """Whether a stage of this name was begun there."""
+    return Storage(url).exists(f"stages/{stage}/stage.json")
 
 
 def stage_exists(storage: Storage, name: str) -> StageExistsError:
