@@ -160,8 +160,8 @@ def test_a_file_standing_in_the_ledgers_place_is_refused(tmp_path: Path, train: 
 
 
 def test_a_model_without_known_layers_is_refused_and_leaves_no_stage(tmp_path: Path, train: Callable) -> None:
-    with pytest.raises(UnsupportedLayerError, match="Conv1d"):
-        train(nn.Conv1d(2, 2, 1), tmp_path)
+    with pytest.raises(UnsupportedLayerError, match="ConvTranspose1d"):
+        train(nn.ConvTranspose1d(2, 2, 1), tmp_path)
     assert list(tmp_path.rglob("*.json")) == []
 
 
