@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import nan
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from trainer_attrib.tap.projections import Projections
 
 AUDIT_LIMIT = 1e-2  # float32 leaves about 1e-6, bf16 about 4e-3, a missed contribution 0.1 and more
 
+SCALE_LIMIT = 0.05  # of a weight's audit scale, around the usual one
 SILENT = "none of its layers fired"
 
 
@@ -59,11 +62,11 @@ def check_coverage(model: nn.Module, plan: SketchPlan, projections: Projections,
     silent = {m: skipped.get(m, "no gradient passed through its forward") for m in expected if m not in fired}
     captured = window.captured()
     parameters = parameters_by_name(model)
-    partial = {}
+    audits = {}
     for weight in plan.weights:
-        why = _why_partial(weight, fired, captured, parameters, projections)
-        if why:
-            partial[weight.name] = why
+        found = None if captured is None else audit(weight, captured, parameters, projections)
+        audits[weight.name] = (nan, nan) if found is None else (float(found[0]), float(found[1]))
+    partial = {w.name: SILENT for w in plan.weights if not fired & set(w.modules)} | _misfits(audits)
     covered = {n for w in plan.weights if w.name not in partial for n in (w.name, w.bias) if n}
     trainable = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
     share = sum(trainable.get(name, 0) for name in covered) / max(1, sum(trainable.values()))
@@ -92,17 +95,21 @@ def audit(
     return regress(projections.sketch(weight, gradient, bias), captured[weight.span])
 
 
-def _why_partial(
-    weight: WeightPlan,
-    fired: set[str],
-    captured: Tensor | None,
-    parameters: dict[str, nn.Parameter],
-    projections: Projections,
-) -> str:
-    if not fired & set(weight.modules):
-        return SILENT
-    audited = None if captured is None else audit(weight, captured, parameters, projections)
-    residual = float("nan") if audited is None else float(audited[1])
-    if residual > AUDIT_LIMIT:
-        return f"its layers explain its gradient only up to a residual of {residual:.2f}"
-    return ""
+def _misfits(audits: dict[str, tuple[float, float]]) -> dict[str, str]:
+    """Weights whose rows are not their gradient -> why, from the scale and residual of every weight.
+
+    What acts after the backward pass (clipping, loss scale, averaging) acts on all weights alike, so that a weight with
+    a scale of its own has a layer that multiplies by something its rule knows nothing of.
+    """
+    found = {
+        name: f"its layers explain its gradient only up to a residual of {residual:.2f}"
+        for name, (_, residual) in audits.items()
+        if residual > AUDIT_LIMIT
+    }
+    scales = {name: scale for name, (scale, _) in audits.items() if scale == scale and name not in found}
+    usual = median(scales.values()) if len(scales) > 2 else nan
+    return found | {
+        name: f"its gradient is {scale / usual:.3g} times what its layer's inputs and outputs explain"
+        for name, scale in scales.items()
+        if abs(scale / usual - 1) > SCALE_LIMIT
+    }
