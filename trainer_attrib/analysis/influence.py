@@ -32,6 +32,7 @@ class _Totals:
     visits: np.ndarray = field(init=False)
     last_step: np.ndarray = field(init=False)
     left_out: dict[str, int] = field(default_factory=dict)
+    raw: int = 0  # rows scored in a scaling of their own, from before the stage's first second-moment version
 
     def __post_init__(self) -> None:
         self.scores = np.zeros((self.queries, 0))
@@ -56,8 +57,8 @@ def influence(model: nn.Module, stages: Sequence[StageReader], behaviors: Sequen
     """Mean score of every example over its visits in training, for every query.
 
     Rows of each second-moment version are compared with the query sketched in that version's scaling. Rows from before
-    a stage's first version are raw: a cosine does not mind, and they are used; a dot product would mix two scales, so
-    ``grad_dot`` leaves them out and says so.
+    a stage's first version are raw: a cosine does not mind, so they are used and the caveats say so; a dot product
+    would mix two scales, so ``grad_dot`` leaves them out and says so.
 
     Raises:
         ConfigurationError: an unknown recipe.
@@ -71,6 +72,10 @@ def influence(model: nn.Module, stages: Sequence[StageReader], behaviors: Sequen
         tables.append(_examples_of(stage, totals))
         scores.append((totals.scores / np.maximum(totals.visits, 1)).astype(np.float32))
         caveats += [f"stage '{stage.name}': {n} rows left out: {why}" for why, n in totals.left_out.items()]
+        if totals.raw:
+            caveats.append(
+                f"stage '{stage.name}': {totals.raw} rows are raw (no second moments yet) and were scored as such"
+            )
         caveats += _stage_caveats(stage)
     return Influence(
         behaviors=tuple(b.name for b in behaviors for _ in range(len(b))),
@@ -96,6 +101,8 @@ def _score_stage(
             if version == 0 and mixes_scales:
                 totals.skip("raw rows from before the first second-moment version", len(rows))
                 continue
+            if version == 0 and stage.meta["versions"]:
+                totals.raw += len(rows)
             if version not in sketched:
                 sketched[version] = sketch_queries(model, stage, int(version), behaviors)
             if len(rows):

@@ -16,6 +16,8 @@ from trainer_attrib.numerics.scores import rank
 from trainer_attrib.report.blocks import Bar, Bars, Block, Example, Grid, Notes, Ranking, Rankings
 from trainer_attrib.report.page import fragment, write_page
 
+RELIABLE = 0.5  # an effect is called reliable while its error bar is at most this share of it
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -241,6 +243,6 @@ def _mean(rows: Iterable[Effect]) -> Effect:
     effect = sum(r.effect for r in rows) / len(rows)
     bar = sum(r.error_bar for r in rows) / len(rows)
     first = rows[0]
-    reliable = bar <= 0.5 * abs(effect)
+    reliable = bar <= RELIABLE * abs(effect)
     label = f"{len(rows)}"
     return Effect(first.behavior, label, first.stage, first.method, first.read_out, effect, bar, reliable, first.cost)

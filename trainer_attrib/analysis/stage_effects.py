@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.displacement import moved, stage_change, subtracted, weights_set_to
-from trainer_attrib.analysis.results import Effect, StageEffects
+from trainer_attrib.analysis.results import RELIABLE, Effect, StageEffects
 from trainer_attrib.analysis.retraining import Program, check_programs, retrain
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader
-
-RELIABLE = 0.5  # an effect is called reliable while its error bar is at most this share of it
 
 
 @dataclass(frozen=True)
