@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("trainer-attrib", "torch", "numpy", "transformers", "trl")
+_PACKAGES = ("trainer-attrib", "torch", "numpy", "transformers", "trl", "accelerate", "peft", "datasets", "lightning",
+             "pytorch-lightning", "lion-pytorch", "schedulefree", "bitsandbytes")  # fmt: skip
 
 
 def options(description: str) -> argparse.Namespace:

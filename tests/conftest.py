@@ -23,6 +23,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import pytest_addoption, pytest_configure
+
+__all__ = ["pytest_addoption", "pytest_configure"]  # hooks of the support table
+
 torch.set_num_threads(1)
 
 VOCABULARY, PAD = 29, 0

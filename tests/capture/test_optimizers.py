@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support import support
 from trainer_attrib.capture import moment_readers
 from trainer_attrib.capture.moment_readers import correction_unavailable, register_moments
 from trainer_attrib.capture.recorder import Recorder
@@ -83,6 +84,9 @@ ADAM = _running(BETAS[1])
 CORRECTED: dict[str, tuple[Make, Callable[[list[Tensor]], Tensor], float]] = {
     "adam": (lambda p: torch.optim.Adam(p, lr=1e-2, betas=BETAS, weight_decay=0.05), ADAM, 0.05),
     "adamw": (lambda p: torch.optim.AdamW(p, lr=1e-2, betas=BETAS, weight_decay=0.1), ADAM, 0.0),
+    "adam-foreach": (lambda p: torch.optim.Adam(p, lr=1e-2, betas=BETAS, foreach=True), ADAM, 0.0),
+    "adam-fused": (lambda p: torch.optim.Adam(p, lr=1e-2, betas=BETAS, fused=True), ADAM, 0.0),
+    "adam-amsgrad": (lambda p: torch.optim.Adam(p, lr=1e-2, betas=BETAS, amsgrad=True), _largest, 0.0),
     "adamw-foreach": (lambda p: torch.optim.AdamW(p, lr=1e-2, betas=BETAS, foreach=True), ADAM, 0.0),
     "adamw-fused": (lambda p: torch.optim.AdamW(p, lr=1e-2, betas=BETAS, fused=True), ADAM, 0.0),
     "adamw-tensor-lr": (lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), betas=BETAS), ADAM, 0.0),
@@ -108,6 +112,7 @@ CORRECTED: dict[str, tuple[Make, Callable[[list[Tensor]], Tensor], float]] = {
 }
 RAW: dict[str, tuple[Make, str]] = {
     "sgd": (lambda p: torch.optim.SGD(p, lr=1e-2), "SGD keeps no second moments"),
+    "sgd-momentum": (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), "SGD keeps no second moments"),
     "sgd-nesterov": (
         lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
         "SGD keeps no second moments",
@@ -121,6 +126,24 @@ RAW: dict[str, tuple[Make, str]] = {
     ),
 }
 ALL = {name: make for name, (make, *_) in (CORRECTED | RAW).items()}
+COMBINATIONS = {
+    "adam": "Adam", "adam-foreach": "Adam, foreach", "adam-fused": "Adam, fused", "adam-amsgrad": "Adam, amsgrad",
+    "adamw": "AdamW", "adamw-foreach": "AdamW, foreach", "adamw-fused": "AdamW, fused",
+    "adamw-tensor-lr": "AdamW, learning rate in a tensor", "adamw-amsgrad": "AdamW, amsgrad",
+    "adamw-maximize": "AdamW, maximize", "nadam": "NAdam", "radam": "RAdam", "rmsprop": "RMSprop",
+    "rmsprop-centered": "RMSprop, centered", "adagrad": "Adagrad", "adafactor": "Adafactor of torch",
+    "hf-adafactor": "Adafactor of transformers", "schedule-free": "schedule-free AdamW",
+    "schedule-free-loop": "schedule-free AdamW", "sgd": "SGD", "sgd-momentum": "SGD, momentum",
+    "sgd-nesterov": "SGD, Nesterov", "muon": "Muon; rows stay raw, with the reason",
+    "lion": "Lion; rows stay raw, with the reason", "adamax": "Adamax; rows stay raw, with the reason",
+    "schedule-free-sgd": "schedule-free SGD; rows stay raw, with the reason",
+}  # fmt: skip
+
+
+def _each(names: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=support("Optimizers", COMBINATIONS[name])) for name in names]
+    )
 
 
 def _model(name: str) -> Member:
@@ -152,7 +175,7 @@ def _plan(stage: StageReader) -> SketchPlan:
     return SketchPlan.from_dict(stage.meta["plan"])
 
 
-@pytest.mark.parametrize("name", ALL)
+@_each(ALL)
 def test_differences_of_projected_weights_are_the_executed_update(
     name: str, tmp_path: Path, train: Callable, close: Callable
 ) -> None:
@@ -168,7 +191,7 @@ def test_differences_of_projected_weights_are_the_executed_update(
         close((second - first).float(), project_gradient(raw.plan, raw, update).float(), relative=1e-4)
 
 
-@pytest.mark.parametrize("name", ALL)
+@_each(ALL)
 def test_rows_explain_the_gradients_that_the_step_used(name: str, tmp_path: Path, train: Callable) -> None:
     """Also where ``step`` leaves something else in ``.grad``."""
     model = _model(name)
@@ -181,7 +204,7 @@ def test_rows_explain_the_gradients_that_the_step_used(name: str, tmp_path: Path
     assert stage.steps()["gradient_norm"].to_pylist() == pytest.approx([float(norm) for norm in norms], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CORRECTED)
+@_each(CORRECTED)
 def test_stored_factors_are_those_of_the_documented_moment(
     name: str, tmp_path: Path, train: Callable, close: Callable
 ) -> None:
@@ -203,7 +226,7 @@ def test_stored_factors_are_those_of_the_documented_moment(
                 close(side, expected, relative=2e-5)
 
 
-@pytest.mark.parametrize("name", RAW)
+@_each(RAW)
 def test_without_second_moments_rows_stay_raw_and_the_reason_is_stored(
     name: str, tmp_path: Path, train: Callable
 ) -> None:
@@ -269,6 +292,7 @@ def test_registered_names_are_those_of_the_installed_packages() -> None:
         assert moment_readers._qualified(kind) in moment_readers._WITHOUT
 
 
+@support("Optimizers", "one's own optimizer, by the registry")
 def test_ones_own_optimizer_can_be_registered(
     tmp_path: Path, train: Callable, close: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

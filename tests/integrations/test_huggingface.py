@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from tests.support import support
 from trainer_attrib.errors import LedgerNotWritableError, ModelMismatchError, StageExistsError
 from trainer_attrib.integrations.huggingface import AttributionCallback
 from trainer_attrib.ledger.reader import Ledger
@@ -30,6 +31,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "workers": {"dataloader_num_workers": 2},
     "sgd": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05},
     "checkpointing": {"gradient_checkpointing": True},
+}
+PROVES = {
+    "accumulation": support("Training loops", "Hugging Face Trainer, gradient accumulation and clipping"),
+    "workers": support("Data", "loader workers"),
+    "checkpointing": support("Precision and compilation", "gradient checkpointing, of TrainingArguments"),
 }
 
 
@@ -103,7 +109,8 @@ def _assert_nothing_left(trainer: Trainer, loader: Any = None) -> None:
     assert type(loader.collate_fn).__name__ == "PadCollator"
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@support("Training loops", "Hugging Face Trainer")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=PROVES.get(name, ())) for name in CONFIGURATIONS])
 def test_training_is_bit_identical(name: str, setup: Setup, tmp_path: Path) -> None:
     """Losses, gradient norms, weights and all random states, with dropout."""
     plain = _outcome(setup.trainer([], **CONFIGURATIONS[name]))
@@ -314,7 +321,13 @@ def test_without_transformers_the_error_says_what_to_install() -> None:
     assert "pip install 'trainer-attrib[huggingface]'" in found.stderr
 
 
-@pytest.mark.parametrize(("world_size", "n_gpu"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "n_gpu"),
+    [
+        pytest.param(2, 1, marks=support("Many processes", "Hugging Face Trainer, several processes", refused=True)),
+        pytest.param(1, 2, marks=support("Many processes", "nn.DataParallel", refused=True)),
+    ],
+)
 def test_several_processes_are_refused_before_the_first_step(
     world_size: int, n_gpu: int, setup: Setup, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from tests.support import support
 from trainer_attrib import Analyzer, Ledger, SketchConfig
 from trainer_attrib.integrations.huggingface import AttributionCallback
 
@@ -63,6 +64,8 @@ def rows_of(ledger) -> dict[tuple, Any]:
     return found
 
 
+@support("Training loops", "Hugging Face Trainer, checkpoint and resume")
+@support("Data", "resume in mid-epoch")
 def test_a_resumed_run_has_the_rows_of_one_that_ran_through(tmp_path, trainer_for):
     whole = trainer_for("whole", [AttributionCallback(tmp_path / "whole-ledger", stage="one", sketch=RAW)])
     whole.train()
@@ -87,6 +90,7 @@ def test_a_resumed_run_has_the_rows_of_one_that_ran_through(tmp_path, trainer_fo
     assert Analyzer(ledger, resumed.model).lineage[0].name == "one"
 
 
+@support("Training loops", "Hugging Face Trainer, checkpoint and resume")
 def test_the_second_moments_go_on_where_they_were(tmp_path, trainer_for):
     """Rows after the break are scaled by moments that the checkpoint restored, never raw again."""
     ledger = tmp_path / "ledger"

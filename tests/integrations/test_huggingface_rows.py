@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tests.support import support
 from trainer_attrib.integrations.huggingface import AttributionCallback
 from trainer_attrib.ledger.reader import Ledger, StageReader
 from trainer_attrib.tap.plan import SketchPlan
@@ -69,7 +70,8 @@ def _ids_by_epoch(stage: StageReader, steps: int) -> list[list[str]]:
 # ---- ids ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@support("Data", "map-style sets, shuffled, several epochs")
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=support("Data", "loader workers"))])
 def test_each_named_example_appears_once_per_epoch(
     workers: int, fit: Callable, tiny_gpt2: Callable, token_rows: Callable
 ) -> None:
@@ -93,6 +95,7 @@ def test_named_rows_are_the_named_examples(fit: Callable, tiny_gpt2: Callable, t
     assert {row["example"]: row["tokens"] for row in _table(stage)} == expected
 
 
+@support("Data", "examples without an id column")
 def test_unnamed_examples_are_named_by_content(
     fit: Callable, tiny_gpt2: Callable, token_rows: Callable, pad_collator: Callable, tmp_path: Path
 ) -> None:
@@ -164,6 +167,7 @@ class ClassCollator:
         return {**batch, "labels": batch["attention_mask"].sum(1) % 3}
 
 
+@support("Training loops", "Hugging Face Trainer, gradient accumulation and clipping")
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "classifier", "smoothed"])
 def test_denominators_are_what_the_loss_was_divided_by(
@@ -237,6 +241,7 @@ class WatchesOptimizer(TrainerCallback):
         )
 
 
+@support("Training loops", "Hugging Face Trainer")
 def test_steps_hold_what_the_optimizer_used(fit: Callable, tiny_gpt2: Callable, token_rows: Callable) -> None:
     """A linear schedule to 0: the first step used the full rate, the last one a third of it, none used 0."""
     watch = WatchesOptimizer()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from tests.support import support
 from trainer_attrib.capture.recorder import Recorder
 from trainer_attrib.errors import ConfigurationError, LedgerNotWritableError, StageExistsError
 from trainer_attrib.integrations.lightning import AttributionCallback
@@ -31,6 +32,9 @@ pytestmark = pytest.mark.filterwarnings(
 SKETCH = SketchConfig(rank=4, dtype="float32", correction="none")
 ROWS, BATCH = 12, 4
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+both_packages = pytest.mark.parametrize(
+    "package", [pytest.param(name, marks=support("Training loops", f"Lightning, as `{name}`")) for name in PACKAGES]
+)
 
 
 class Classifier(nn.Module):
@@ -172,10 +176,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "two-steps-per-batch": {"manual": 2},
     "bf16-mixed": {"precision": "bf16-mixed"},
 }
+PROVES = {
+    "automatic": support("Training loops", "Lightning, automatic optimization"),
+    "accumulation-clip": support("Training loops", "Lightning, accumulate_grad_batches and gradient_clip_val"),
+    "manual": support("Training loops", "Lightning, manual optimization"),
+    "two-steps-per-batch": support("Training loops", "Lightning, manual optimization"),
+    "bf16-mixed": support("Precision and compilation", "Lightning, precision='bf16-mixed'"),
+}
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@both_packages
+@pytest.mark.parametrize("name", [pytest.param(name, marks=PROVES[name]) for name in CONFIGURATIONS])
 def test_training_is_bit_identical_and_audited(name: str, package: str, tmp_path: Path) -> None:
     settings = CONFIGURATIONS[name]
     plain = fit(tmp_path, [], package=package, **settings)
@@ -259,6 +270,7 @@ def test_rows_are_those_of_the_plain_loop(kind: str, calls_model: bool, calls_it
     assert stage.steps()["loss"].to_pylist() == pytest.approx(expected.steps()["loss"].to_pylist(), rel=1e-6)
 
 
+@support("Training loops", "Lightning, automatic optimization")
 def test_a_language_model_has_the_rows_of_the_hugging_face_trainer(
     tmp_path: Path, tiny_gpt2: Callable, token_rows: Callable, pad_collator: Callable
 ) -> None:
@@ -332,7 +344,7 @@ def test_ids_that_do_not_fit_end_capture_and_say_so(tmp_path: Path, caplog: Any)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt], ids=lambda error: error.__name__)
-@pytest.mark.parametrize("package", PACKAGES)
+@both_packages
 def test_a_run_that_breaks_off_leaves_nothing_behind(
     package: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +405,7 @@ def test_a_fast_dev_run_is_not_recorded(tmp_path: Path) -> None:
     assert [stage.name for stage in Ledger(tmp_path / "ledger").stages()] == ["one"]
 
 
+@support("Training loops", "Lightning, several optimizers", refused=True)
 def test_what_cannot_be_recorded_is_refused_before_training(tmp_path: Path, files_of: Callable) -> None:
     module = modules()(manual=1)
     module.configure_optimizers = lambda: [
@@ -407,7 +420,19 @@ def test_what_cannot_be_recorded_is_refused_before_training(tmp_path: Path, file
 
 
 @pytest.mark.parametrize(
-    ("found", "message"), [({"world_size": 2}, "2 processes"), ({"precision_plugin": "scaled"}, "16-mixed")]
+    ("found", "message"),
+    [
+        pytest.param(
+            {"world_size": 2},
+            "2 processes",
+            marks=support("Many processes", "Lightning, several processes", refused=True),
+        ),
+        pytest.param(
+            {"precision_plugin": "scaled"},
+            "16-mixed",
+            marks=support("Precision and compilation", "Lightning, precision='16-mixed'", refused=True),
+        ),
+    ],
 )
 def test_what_this_machine_cannot_run_is_refused_too(found: dict[str, Any], message: str, tmp_path: Path) -> None:
     """A CPU has neither several devices nor a gradient scaler, so the trainer is made up."""

@@ -16,6 +16,7 @@ from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
+from tests.support import support  # noqa: E402
 from trainer_attrib.integrations.huggingface import AttributionCallback  # noqa: E402
 from trainer_attrib.ledger.reader import Ledger, StageReader  # noqa: E402
 from trainer_attrib.tap.plan import SketchPlan  # noqa: E402
@@ -83,6 +84,7 @@ def _expected(trainer: Any, model: Any, stage: StageReader, loss_of: Callable[[A
     return exact, keep
 
 
+@support("TRL", "DPOTrainer, reference model given")
 def test_a_preference_row_is_the_gradient_of_its_pairs_loss(
     tmp_path: Path, tiny_gpt2: Callable, tokenizer: Any, pairs: list[dict[str, str]], close: Callable
 ) -> None:
@@ -114,6 +116,7 @@ def test_a_preference_row_is_the_gradient_of_its_pairs_loss(
     assert not found[:, ~keep].any()
 
 
+@support("TRL", "DPOTrainer, reference model given")
 def test_preference_texts_show_both_sides(
     tmp_path: Path, tiny_gpt2: Callable, tokenizer: Any, pairs: list[dict[str, str]]
 ) -> None:
@@ -130,6 +133,7 @@ def test_preference_texts_show_both_sides(
         assert rejected.split() == (pair["prompt"] + pair["rejected"]).split()
 
 
+@support("TRL", "SFTTrainer, completion-only loss")
 def test_a_completion_row_counts_completion_tokens_only(
     tmp_path: Path, tiny_gpt2: Callable, tokenizer: Any, pairs: list[dict[str, str]], close: Callable
 ) -> None:

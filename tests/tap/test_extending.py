@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support import support
 from trainer_attrib.ledger.reader import Ledger
 from trainer_attrib.numerics.second_moment import factor
 from trainer_attrib.tap import layers
@@ -20,6 +21,7 @@ from trainer_attrib.testing.oracle import exact_sketches, project_gradient, tapp
 from trainer_attrib.testing.zoo import ConvNet, LinearOnThreeAxes, Member, NormsEverywhere
 from trainer_attrib.types import SketchConfig
 
+NORMS = support("Layers", "LayerNorm and RMSNorm, after `capture_norms()`")
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
@@ -38,6 +40,7 @@ def _agrees(member: Member, close: Callable) -> SketchPlan:
     return projections.plan
 
 
+@support("Layers", "one's own layer, by the registry")
 def test_the_worked_example_captures_its_layers(float64: None, close: Callable) -> None:
     blocks = PAGE.read_text().split("```python\n")[1:]
     code = next(block.split("```")[0] for block in blocks if "class ScaledLinear" in block)
@@ -57,6 +60,7 @@ def test_the_worked_example_captures_its_layers(float64: None, close: Callable) 
     assert plan.uncovered == {}
 
 
+@NORMS
 @pytest.mark.parametrize("name", layers._RMS_NORMS)
 def test_norms_of_transformers(name: str, float64: None, close: Callable) -> None:
     module, _, prefix = f"transformers.models.{name}".rpartition(".")
@@ -90,7 +94,13 @@ def test_an_input_changed_in_place_is_a_fault_and_not_a_wrong_row() -> None:
         factors_of(torch.ones(2, 3, 4))
 
 
-@pytest.mark.parametrize("kind", [ConvNet, NormsEverywhere], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(ConvNet, marks=support("Layers", "Conv1d, Conv2d"), id="ConvNet"),
+        pytest.param(NormsEverywhere, marks=NORMS, id="NormsEverywhere"),
+    ],
+)
 def test_convolutions_and_norms_are_recorded_like_matrices(
     kind: type[Member], tmp_path: Path, train: Callable, close: Callable
 ) -> None:

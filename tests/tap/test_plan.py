@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support import support
 from trainer_attrib.errors import CaptureError, UnsupportedLayerError
 from trainer_attrib.tap import layers
 from trainer_attrib.tap.layers import known_layers, register_layer, rule_for
@@ -66,6 +67,7 @@ def test_globs_choose_and_exclude_modules_with_a_reason() -> None:
     assert plan.uncovered["second.weight"] == "left out by the settings"
 
 
+@support("Layers", "layers of unknown types", refused=True)
 def test_unknown_layers_are_reported_by_type() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     assert plan_sketch(model, SketchConfig()).uncovered == dict.fromkeys(
@@ -73,6 +75,7 @@ def test_unknown_layers_are_reported_by_type() -> None:
     )
 
 
+@support("Layers", "a model of unknown layers only", refused=True)
 def test_model_without_known_layers_is_refused_naming_its_types() -> None:
     with pytest.raises(
         UnsupportedLayerError, match=r"ConvTranspose2d.*LayerNorm.*torch\.nn\.modules\.linear\.Linear"
@@ -82,6 +85,7 @@ def test_model_without_known_layers_is_refused_naming_its_types() -> None:
     assert "register_layer" in caught.value.fix
 
 
+@support("Layers", "grouped convolutions", refused=True)
 def test_a_convolution_in_groups_is_refused_with_a_reason() -> None:
     uncovered = plan_sketch(GroupedConv(), SketchConfig()).uncovered
     assert uncovered == dict.fromkeys(["second.weight", "second.bias"], "groups=7: its weight is 7 matrices, not one")
@@ -92,6 +96,7 @@ class _Standardized(nn.Conv2d):
         return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
 
 
+@support("Layers", "a subclass with another forward", refused=True)
 def test_a_subclass_that_computes_something_else_is_refused() -> None:
     model = nn.Sequential(_Standardized(1, 2, 3), nn.Linear(2, 2))
     assert plan_sketch(model, SketchConfig()).uncovered["0.weight"] == (
@@ -112,6 +117,7 @@ def test_a_plan_with_a_layer_that_is_not_registered_here_says_so(monkeypatch: py
     assert "register" in caught.value.fix
 
 
+@support("Layers", "Embedding with scale_grad_by_freq", refused=True)
 def test_frequency_scaled_embedding_is_refused() -> None:
     model = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Linear(3, 2))
     assert "couples the examples" in plan_sketch(model, SketchConfig()).uncovered["0.weight"]
