@@ -13,7 +13,7 @@ from trainer_attrib.errors import CaptureError, UnsupportedLayerError
 from trainer_attrib.tap import layers
 from trainer_attrib.tap.layers import known_layers, register_layer, rule_for
 from trainer_attrib.tap.module_tap import ModuleTap
-from trainer_attrib.tap.plan import SketchPlan, canonical, parameters_by_name, plan_sketch
+from trainer_attrib.tap.plan import SketchPlan, plan_sketch
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.testing.oracle import exact_sketches, tapped_sketches
 from trainer_attrib.testing.zoo import (
@@ -135,14 +135,6 @@ def test_subclasses_follow_their_base_and_new_types_can_be_registered() -> None:
     register_layer(Stranger, rule_for(nn.Linear(2, 2)))
     assert rule_for(Stranger()) is rule_for(nn.Linear(2, 2))
     assert any(name.endswith("Stranger") for name in known_layers())
-
-
-def test_names_do_not_depend_on_wrappers() -> None:
-    assert canonical("module._orig_mod.layer.weight") == "layer.weight"
-    model = LinearOnThreeAxes()
-    wrapped = nn.Module()
-    wrapped.add_module("module", model)
-    assert parameters_by_name(wrapped).keys() == parameters_by_name(model).keys()
 
 
 def test_nothing_is_captured_without_a_record_or_without_gradients() -> None:

@@ -19,7 +19,7 @@ from trainer_attrib.ledger.journal import check_same_model
 from trainer_attrib.ledger.reader import Ledger, StageReader
 from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors
 from trainer_attrib.report.page import write_page
-from trainer_attrib.tap.plan import parameters_by_name
+from trainer_attrib.tap.names import parameters_by_name
 
 
 class Analyzer:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer_attrib.ledger.reader import StageReader
-from trainer_attrib.tap.plan import parameters_by_name
+from trainer_attrib.tap.names import parameters_by_name
 
 Displacement = dict[str, Tensor]
 """Parameter name -> predicted change, float64 on the CPU."""

@@ -12,7 +12,8 @@ from trainer_attrib.analysis.behavior import Behavior, evaluating
 from trainer_attrib.errors import AnalysisError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.module_tap import ModuleTap
-from trainer_attrib.tap.plan import SketchPlan, parameters_by_name
+from trainer_attrib.tap.names import parameters_by_name
+from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.types import Layout
 

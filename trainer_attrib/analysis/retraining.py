@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer_attrib.analysis.displacement import weights_set_to
 from trainer_attrib.errors import MissingProgramError
 from trainer_attrib.ledger.reader import StageReader
-from trainer_attrib.tap.plan import parameters_by_name
+from trainer_attrib.tap.names import parameters_by_name
 
 Program = Callable[[Any], Any]
 """Takes a model, returns what would train that very object: an object with ``train()``, or a function to call."""

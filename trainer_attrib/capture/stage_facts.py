@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer_attrib.capture.optimizer_tap import describe_optimizer, group_settings
-from trainer_attrib.tap.plan import SketchPlan, parameters_by_name
+from trainer_attrib.tap.names import parameters_by_name
+from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.types import SketchConfig
 from trainer_attrib.version import __version__
 

@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from trainer_attrib.errors import UnsupportedLayerError
 from trainer_attrib.numerics.sketching import sketch_examples
 from trainer_attrib.tap.layers import Rule, rule_for
-from trainer_attrib.tap.plan import SketchPlan, WeightPlan, parameters_by_name
+from trainer_attrib.tap.names import modules_by_name, parameters_by_name
+from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.types import Layout
 
@@ -190,10 +191,10 @@ class ModuleTap:
 
 def _sites(model: nn.Module, plan: SketchPlan) -> list[_Site]:
     sites = []
-    parameters = parameters_by_name(model)
+    parameters, modules = parameters_by_name(model), modules_by_name(model)
     for weight in plan.weights:
         for name in weight.modules:
-            module = model.get_submodule(name)
+            module = modules[name]
             rule = rule_for(module)
             if rule is None:
                 raise UnsupportedLayerError(

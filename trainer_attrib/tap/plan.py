@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from trainer_attrib.errors import UnsupportedLayerError
 from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.layers import known_layers, rule_for
+from trainer_attrib.tap.names import modules_by_name, parameters_by_name, walk
 from trainer_attrib.types import SketchConfig
-
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,6 @@ class SketchPlan:
         return SketchPlan(weights, dict(data["uncovered"]), int(data["rank"]), int(data["seed"]))
 
 
-def canonical(name: str) -> str:
-    """A parameter's or module's name without what wrappers (DDP, compile, FSDP) put before it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Canonical name -> parameter; a tied parameter appears once, under its first name."""
-    return {canonical(name): parameter for name, parameter in model.named_parameters()}
-
-
 def plan_sketch(model: nn.Module, config: SketchConfig) -> SketchPlan:
     """Choose the weights to sketch.
 
@@ -92,9 +79,10 @@ def plan_sketch(model: nn.Module, config: SketchConfig) -> SketchPlan:
     names = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
     trainable = {name for name, p in parameters_by_name(model).items() if p.requires_grad}
     uses, reasons = _uses_of_weights(model, config, names)
+    modules = modules_by_name(model)
     weights, offset = [], 0
     for name in uses:
-        weights.append(_weight_plan(model, name, uses[name], names, config.rank, offset))
+        weights.append(_weight_plan(modules[uses[name][0]], name, uses[name], names, config.rank, offset))
         offset += weights[-1].size
     if not weights:
         raise _nothing_to_capture(model, config, reasons)
@@ -109,9 +97,9 @@ def _uses_of_weights(
     """Weight name -> modules that use it; parameter name -> why it is left out."""
     uses: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module, _ in walk(model):
         own = {id(p): names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad}
-        reason = _why_not(canonical(module_name), module, config)
+        reason = _why_not(module_name, module, config)
         weight = getattr(module, "weight", None)
         if not reason and id(weight) in own:
             uses.setdefault(own[id(weight)], []).append(module_name)
@@ -134,9 +122,8 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def _weight_plan(
-    model: nn.Module, name: str, modules: list[str], names: dict[int, str], rank: int, offset: int
+    owner: nn.Module, name: str, modules: list[str], names: dict[int, str], rank: int, offset: int
 ) -> WeightPlan:
-    owner = model.get_submodule(modules[0])
     rule = rule_for(owner)
     assert rule is not None
     assert isinstance(owner.weight, Tensor)

@@ -9,6 +9,7 @@ from trainer_attrib.numerics.projection import projection
 from trainer_attrib.numerics.second_moment import inverse_root
 from trainer_attrib.numerics.sketching import add_bias, as_matrix, sketch_matrix
 from trainer_attrib.tap.layers import Pair
+from trainer_attrib.tap.names import parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -20,7 +21,8 @@ class Projections:
 
     def __init__(self, plan: SketchPlan, model: nn.Module, factors: Factors | None = None, version: int = 0) -> None:
         self.plan, self.version = plan, version
-        self._like = {w.name: _reference(model, w) for w in plan.weights}
+        parameters = parameters_by_name(model)
+        self._like = {w.name: _reference(parameters[w.name]) for w in plan.weights}
         self._pairs = {w.name: self._pair(w, factors or {}) for w in plan.weights}
 
     def __getitem__(self, weight: str) -> Pair:
@@ -52,9 +54,7 @@ class Projections:
         return add_bias(sketch, bias.to(other.dtype), weight.bias_axis, other, pair.bias)
 
 
-def _reference(model: nn.Module, weight: WeightPlan) -> Tensor:
+def _reference(parameter: Tensor) -> Tensor:
     """An empty tensor with the device and dtype that this weight's sketches are computed in."""
-    parameter = model.get_submodule(weight.modules[0]).weight
-    assert isinstance(parameter, Tensor)
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return torch.empty(0, dtype=dtype, device=parameter.device)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.module_tap import ModuleTap
-from trainer_attrib.tap.plan import SketchPlan, WeightPlan, parameters_by_name
+from trainer_attrib.tap.names import parameters_by_name
+from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.testing.zoo import Inputs, Member
 from trainer_attrib.types import Layout
