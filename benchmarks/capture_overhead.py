@@ -1,12 +1,15 @@
 """What recording costs: whole `Trainer` runs with and without the callback, taking turns step by step.
 
-Four trainers train the same 4-layer GPT-2 of width 256 (vocabulary 4096, batch 8 x 128 tokens, float32, one thread,
+Trainers train the same 4-layer GPT-2 of width 256 (vocabulary 4096, batch 8 x 128 tokens, float32, one thread,
 clipping, fused AdamW): plain, plain once more (the control: its ratio shows the noise), with raw rows, with
 AdamW-corrected rows. Each runs in a thread of its own and hands a baton to the next after every optimizer step, so that
 adjacent steps are compared and the machine's drift cancels. CPU time is that of the training thread; `with writer` is
-that of the whole process meanwhile. Medians over rounds, with a bootstrap standard error; the first are not counted.
+that of the whole process meanwhile. Medians over rounds, with a bootstrap standard error; the first are not counted,
+nor is what a stage's start and end cost. The FLOP bound counts the sketches' matrix products over those of the model's
+training step, attention included.
 
-The FLOP bound counts the sketches' matrix products over those of the model's training step, attention included.
+Where the closest peer's environment is found (benchmarks/README.md), its callback records the same work right after,
+against plain runs of its own; it leaves out the head, the embeddings and all biases, so ours runs on its layers too.
 """
 
 from __future__ import annotations
@@ -16,160 +19,161 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import random
-import statistics
+import json
+import subprocess
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import report
 import torch
-import transformers
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from overhead_work import LAYERS, RANK, TOKENS, WIDTH, StepClock, ratios, small_gpt2, take_turns, trainer_for
 
-from trainer_attrib import SketchConfig
+from trainer_attrib import Ledger, SketchConfig
+from trainer_attrib.capture.second_moments import SecondMoments
 from trainer_attrib.capture.stage_facts import flop_share
 from trainer_attrib.integrations.huggingface import AttributionCallback
-from trainer_attrib.tap.plan import plan_sketch
+from trainer_attrib.tap.plan import parameters_by_name, plan_sketch
+from trainer_attrib.tap.projections import Projections
 
-LAYERS, WIDTH, VOCABULARY, BATCH, TOKENS, RANK = 4, 256, 4096, 8, 128, 16
-RUNS = {"plain": None, "plain again": None, "raw": "none", "corrected": "factored"}
-WARM = 3  # rounds not counted
-PATIENCE = 120.0  # seconds until a run that waits for a dead one gives up
-
-
-class Baton:
-    """Lets the runs step one after another, in an order that rotates by one each round."""
-
-    def __init__(self, runs: list[str]) -> None:
-        self._runs, self._turn, self._changed = runs, 0, threading.Condition()
-        self._arrived: set[str] = set()
-
-    def wait_for(self, run: str) -> None:
-        """Wait for one's turn, which comes only when every run has arrived."""
-        with self._changed:
-            self._arrived.add(run)
-            self._changed.notify_all()
-            if not self._changed.wait_for(lambda: self._whose() == run, timeout=PATIENCE):
-                raise TimeoutError(f"'{run}' waited {PATIENCE} seconds for its turn: another run has died")
-
-    def wait_until_arrived(self, run: str) -> None:
-        """Wait for a run's first step, so that runs do not import and set up at the same time."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: run in self._arrived, timeout=PATIENCE):
-                raise TimeoutError(f"'{run}' never began its first step")
-
-    def pass_on(self) -> None:
-        """End one's turn."""
-        with self._changed:
-            self._turn += 1
-            self._changed.notify_all()
-
-    def _whose(self) -> str | None:
-        if len(self._arrived) < len(self._runs):
-            return None
-        round_, place = divmod(self._turn, len(self._runs))
-        return self._runs[(place + round_) % len(self._runs)]
+HERE = Path(__file__).parent
+PEER_PYTHON = HERE.parent / ".venv-peer" / "bin" / "python"
+SKETCHES = {
+    "raw": SketchConfig(rank=RANK, correction="none"),
+    "corrected": SketchConfig(rank=RANK),
+}
+ON_PEER_LAYERS = {
+    "raw, peer's layers": SketchConfig(rank=RANK, correction="none", modules="transformer.h.*"),
+    "corrected, peer's layers": SketchConfig(rank=RANK, modules="transformer.h.*"),
+}
 
 
-class StepClock(TrainerCallback):
-    """CPU time of each of a run's steps: of its thread, and of the whole process meanwhile."""
+def measure(sketches: dict[str, SketchConfig], steps: int, folder: Path) -> list[dict[str, Any]]:
+    """Our rows of the table."""
 
-    def __init__(self, run: str, baton: Baton) -> None:
-        self.run, self.baton = run, baton
-        self.thread: list[float] = []
-        self.process: list[float] = []
+    def trainer(clock: StepClock) -> Any:
+        if clock.run not in sketches:
+            return trainer_for(clock, None, steps, folder)
+        names = {run: f"run-{number}" for number, run in enumerate(sketches)}
+        callback = AttributionCallback(
+            folder / "ledger", stage=names[clock.run], sketch=sketches[clock.run], strict=True
+        )
+        return trainer_for(clock, callback, steps, folder)
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the baton, then start."""
-        self.baton.wait_for(self.run)
-        self._began = time.thread_time(), time.process_time()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop, then pass the baton."""
-        self.thread.append(time.thread_time() - self._began[0])
-        self.process.append(time.process_time() - self._began[1])
-        self.baton.pass_on()
-
-
-def small_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=LAYERS, n_embd=WIDTH, n_head=4, vocab_size=VOCABULARY, n_positions=TOKENS,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
+    rows = list(ratios(take_turns(["plain", "plain again", *sketches], trainer)))
+    ledger = Ledger(str(folder / "ledger"))
+    for row in rows:
+        row |= {"flop bound": 1.0, "coverage": 0.0, "bytes per example": 0}
+    for number, (row, sketch) in enumerate(zip(rows[1:], sketches.values(), strict=True)):
+        meta = ledger.stage(f"run-{number}").meta
+        row |= {
+            "flop bound": flop_bound(sketch),
+            "coverage": meta["coverage"]["share"],
+            "bytes per example": 2 * meta["width"],
+        }
+    return rows
 
 
-def trainer_for(clock: StepClock, steps: int, folder: Path) -> Trainer:
-    """The same trainer each time, but for the callback."""
-    tokens = torch.randint(0, VOCABULARY, (BATCH * steps, TOKENS), generator=torch.Generator().manual_seed(0))
-    callbacks: list[TrainerCallback] = [clock]
-    correction = RUNS[clock.run]
-    if correction is not None:
-        sketch = SketchConfig(rank=RANK, correction=correction)
-        callbacks.append(AttributionCallback(folder / "ledger", stage=clock.run, sketch=sketch, strict=True))
-    arguments = TrainingArguments(
-        str(folder / "out"), per_device_train_batch_size=BATCH, max_steps=steps, max_grad_norm=1.0, learning_rate=1e-3,
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
-    trainer = Trainer(model=small_gpt2(), args=arguments, train_dataset=rows, callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def flop_bound(sketch: SketchConfig) -> float:
+    """1 + sketch FLOPs over those of all matrix products of the model's training step, attention included."""
 
+    def products(sketch: SketchConfig) -> tuple[float, float]:
+        lookups = ("transformer.wpe", "transformer.wte")
+        plan = plan_sketch(small_gpt2(), SketchConfig(rank=RANK, modules=sketch.modules, exclude=lookups))
+        training = sum(6 * w.rows * w.columns * len(w.modules) for w in plan.weights)
+        return flop_share(plan) * training, training
 
-def model_flop_bound() -> float:
-    """Sketch FLOPs over all matrix products of the model's training step, attention included."""
-    plan = plan_sketch(small_gpt2(), SketchConfig(rank=RANK, exclude=("transformer.wpe", "transformer.wte")))
-    captured = sum(6 * w.rows * w.columns * len(w.modules) for w in plan.weights)
     attention = LAYERS * 3 * 2 * 2 * TOKENS * WIDTH  # scores and values, forward and twice backward, per token
-    return flop_share(plan) * captured / (captured + attention)
+    return 1 + products(sketch)[0] / (products(SketchConfig())[1] + attention)
 
 
-def row_of(clock: StepClock, base: StepClock, bound: float) -> dict[str, Any]:
-    """One line of the table: medians of the ratios of adjacent steps."""
-    thread = [a / b for a, b in zip(clock.thread, base.thread, strict=True)][WARM:]
-    process = [a / b for a, b in zip(clock.process, base.process, strict=True)][WARM:]
-    draw = random.Random(0)
-    medians = [statistics.median(draw.choices(thread, k=len(thread))) for _ in range(500)]
-    return {
-        "run": clock.run,
-        "step": statistics.median(thread),
-        "standard error": statistics.stdev(medians),
-        "with writer": statistics.median(process),
-        "flop bound": 1 + bound if RUNS[clock.run] is not None else 1.0,
+def correction_memory() -> tuple[int, int]:
+    """Bytes held between steps for the correction, and rows plus columns of all weights."""
+    model = small_gpt2()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    plan = plan_sketch(model, SKETCHES["corrected"])
+    factors = SecondMoments(plan, optimizer, parameters_by_name(model), "factored").factors()
+    return Projections(plan, model, factors, 1).nbytes, sum(w.rows + w.columns for w in plan.weights)
+
+
+def peer_figures(python: Path, steps: int) -> dict[str, Any] | None:
+    """The peer's rows, coverage and memory, measured by its own Python; None, with a message, where it is not there."""
+    if not python.exists():
+        print("peer skipped: not installed, see benchmarks/README.md")
+        return None
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "peer.json"
+        command = [str(python), str(HERE / "peer_overhead.py"), str(out), str(steps)]
+        ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True, text=True)
+        if ran.returncode:
+            print(f"peer skipped: {(ran.stderr.strip().splitlines() or ['it failed'])[-1]}, see benchmarks/README.md")
+            return None
+        return json.loads(out.read_text())
+
+
+def peer_rows(peer: dict[str, Any]) -> list[dict[str, Any]]:
+    """The peer's rows of the table; its bound is that of any two-sided sketch of its layers."""
+    bound = {"flop bound": flop_bound(ON_PEER_LAYERS["raw, peer's layers"]), "coverage": peer["coverage"]}
+    bound["bytes per example"] = peer["bytes_per_example"]
+    nothing = {"flop bound": 1.0, "coverage": 0.0, "bytes per example": 0}
+    return [
+        row | {"run": f"peer, {row['run']}"} | (nothing if row["run"] == "plain again" else bound)
+        for row in peer["rows"]
+    ]
+
+
+def checks_of(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The promises: absolute, against the bound, and against the peer on its own layers."""
+    checks = {
+        "capture_overhead_raw": report.check(rows["raw"]["step"], 1.04),
+        "capture_overhead_corrected": report.check(rows["corrected"]["step"], 1.06),
     }
+    for run in SKETCHES:
+        over = (rows[run]["step"] - 1) / (rows[run]["flop bound"] - 1)
+        checks[f"capture_overhead_{run}_over_flop_bound"] = report.check(over, 3.0)
+    for run in SKETCHES:
+        if f"peer, {run}" in rows:
+            over = (rows[f"{run}, peer's layers"]["step"] - 1) / (rows[f"peer, {run}"]["step"] - 1)
+            checks[f"capture_overhead_{run}_over_peer_same_layers"] = report.check(over, 1.0)
+    return checks
+
+
+def notes_of(rows: dict[str, dict[str, Any]], peer: dict[str, Any] | None) -> list[str]:
+    """What the table does not say: memory, and in what the peer's work differs."""
+    held, sides = correction_memory()
+    notes = [
+        f"memory held for the correction: {held / 1024:.0f} KiB, {held / sides:.0f} bytes per row and column of the "
+        f"weights (rank {RANK}); its refresh, after steps 4, 12, 36, ..., takes one weight's second moment at a time"
+    ]
+    if peer is None:
+        return notes
+    times = {run: (rows[f"peer, {run}"]["step"] - 1) / (rows[run]["step"] - 1) for run in SKETCHES}
+    return [
+        *notes,
+        f"peer (bergson {peer['version']}): memory held for the correction: {peer['correction_bytes'] / 1024:.0f} KiB, "
+        "a copy of the captured weights' second moments, made anew after each step",
+        f"the peer's overhead is {times['raw']:.2f} (raw) and {times['corrected']:.2f} (corrected) times ours, "
+        f"for rows that cover {peer['coverage']:.0%} of the parameters where ours cover {rows['raw']['coverage']:.0%}",
+        "the peer leaves out the head, the embeddings and biases; it writes rows on the training thread, ours on a "
+        "thread of its own (`with writer`); ours also records every step's projected weights, gradient norm and audit",
+    ]
 
 
 def main() -> None:
-    chosen = report.options((__doc__ or "").splitlines()[0])
+    parser = report.parser((__doc__ or "").splitlines()[0])
+    found = os.environ.get("TRAINER_ATTRIB_PEER_PYTHON", PEER_PYTHON)
+    parser.add_argument("--peer-python", type=Path, default=Path(found), help="of the environment that has the peer")
+    chosen = parser.parse_args()
     steps = chosen.seeds or (24 if chosen.quick else 120)
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    baton = Baton(list(RUNS))
+    peer = peer_figures(chosen.peer_python, steps)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        clocks = {run: StepClock(run, baton) for run in RUNS}
-        trainers = [trainer_for(clock, steps, folder) for clock in clocks.values()]
-        threads = [threading.Thread(target=trainer.train, daemon=True) for trainer in trainers]
-        for thread, run in zip(threads, RUNS, strict=True):
-            thread.start()
-            baton.wait_until_arrived(run)
-        for thread in threads:
-            thread.join()
-        bound = model_flop_bound()
-        rows = [row_of(clock, clocks["plain"], bound) for run, clock in clocks.items() if run != "plain"]
-    by_run = {row["run"]: row["step"] for row in rows}
-    checks = {
-        "capture_overhead_raw": report.check(by_run["raw"], 1.05),
-        "capture_overhead_corrected": report.check(by_run["corrected"], 1.07),
-    }
-    report.publish("capture_overhead", rows, checks, quick=chosen.quick)
-    if chosen.quick and max(by_run["raw"], by_run["corrected"]) > 1.25:
+        table = measure(SKETCHES | (ON_PEER_LAYERS if peer else {}), steps, Path(temporary))
+    rows = {row["run"]: row for row in [*table, *(peer_rows(peer) if peer else [])]}
+    notes = notes_of(rows, peer)
+    report.publish("capture_overhead", list(rows.values()), checks_of(rows), notes=notes, quick=chosen.quick)
+    if chosen.quick and max(rows[run]["step"] for run in SKETCHES) > 1.25:
         raise SystemExit("capture costs more than a quarter of a step: something is badly slower than it was")
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ _PACKAGES = ("trainer-attrib", "torch", "numpy", "transformers", "trl", "acceler
              "pytorch-lightning", "lion-pytorch", "schedulefree", "bitsandbytes")  # fmt: skip
 
 
-def options(description: str) -> argparse.Namespace:
+def parser(description: str) -> argparse.ArgumentParser:
     """The arguments every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="minutes on 2 cores; writes nothing")
-    parser.add_argument("--seeds", type=int, default=None, help="repetitions")
-    return parser.parse_args()
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--quick", action="store_true", help="minutes on 2 cores; writes nothing")
+    arguments.add_argument("--seeds", type=int, default=None, help="repetitions")
+    return arguments
 
 
 def check(value: float, target: float, *, most: bool = True) -> dict[str, Any]:
@@ -31,19 +32,23 @@ def check(value: float, target: float, *, most: bool = True) -> dict[str, Any]:
     return {"value": round(value, 4), "target": f"{'<=' if most else '>='} {target}", "ok": ok}
 
 
-def publish(name: str, rows: list[dict[str, Any]], checks: dict[str, Any], *, quick: bool) -> None:
-    """Print the table and the checks; write the JSON file unless quick."""
+def publish(
+    name: str, rows: list[dict[str, Any]], checks: dict[str, Any], *, quick: bool, notes: Sequence[str] = ()
+) -> None:
+    """Print the table, notes and checks; write the JSON file unless quick."""
     columns = list(rows[0])
     cells = [[_shown(row[column]) for column in columns] for row in rows]
     widths = [max(len(c[i]) for c in [columns, *cells]) for i in range(len(columns))]
     for line in [columns, *cells]:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for note in notes:
+        print(f"- {note}")
     for label, held in checks.items():
         print(f"{'ok  ' if held['ok'] else 'MISS'} {label}: {held['value']} (target {held['target']})")
     if not quick:
         RESULTS.mkdir(exist_ok=True)
         command = f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip()
-        data = {"environment": _environment(), "command": command, "rows": rows, "checks": checks}
+        data = {"environment": _environment(), "command": command, "rows": rows, "notes": [*notes], "checks": checks}
         (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
 
 

@@ -28,6 +28,13 @@ class Projections:
     def __getitem__(self, weight: str) -> Pair:
         return self._pairs[weight]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory held: at most 2K numbers per row and column of each weight, never rows times columns."""
+        pairs = [[pair.left, pair.right, *pair.sides, pair.bias] for pair in self._pairs.values()]
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for p in pairs for t in p if t is not None}
+        return sum(held.values())
+
     def _pair(self, weight: WeightPlan, factors: Factors) -> Pair:
         shape = (weight.rows, weight.columns)
         left = projection(self.plan.seed, weight.name, shape, 0, self.plan.rank)
