@@ -35,6 +35,9 @@ class SketchConfig:
         modules: glob, or globs separated by commas, of the modules to capture.
         exclude: globs of modules to leave out.
         every_n_steps: capture examples of every n-th optimizer step only (steps and snapshots are always recorded).
+        sample: share of the examples whose rows are kept, above 0 and at most 1. An example's id alone decides: its
+            rows are kept in every epoch, stage and process or in none, and a smaller sample is part of a larger one.
+            Saves storage, not computation: the audit of each step needs all rows.
         correction: ``"factored"`` folds AdamW's second moments into the projections, ``"none"`` keeps raw gradients.
         dtype: of the unit-norm rows on disk; norms are always float32.
         seed: of the projections.
@@ -47,6 +50,7 @@ class SketchConfig:
     modules: str = "*"
     exclude: tuple[str, ...] = ()
     every_n_steps: int = 1
+    sample: float = 1.0
     correction: str = "factored"
     dtype: str = "float16"
     seed: int = 0
@@ -54,6 +58,7 @@ class SketchConfig:
     def __post_init__(self) -> None:
         _require(1 <= self.rank <= 1024, f"rank={self.rank}", "an integer from 1 to 1024")
         _require(self.every_n_steps >= 1, f"every_n_steps={self.every_n_steps}", "at least 1")
+        _require(0 < self.sample <= 1, f"sample={self.sample}", "a share above 0 and at most 1")
         _require(self.correction in tuple(Correction), f"correction={self.correction!r}", f"one of {list(Correction)}")
         _require(self.dtype in ROW_DTYPES, f"dtype={self.dtype!r}", f"one of {list(ROW_DTYPES)}")
         object.__setattr__(self, "exclude", tuple(self.exclude))

@@ -184,7 +184,16 @@ def test_evaluation_and_ungraded_passes_are_no_rows(tmp_path: Path, train: Calla
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rank": 0}, {"rank": 5000}, {"every_n_steps": 0}, {"correction": "x"}, {"dtype": "f8"}]
+    "bad",
+    [
+        {"rank": 0},
+        {"rank": 5000},
+        {"every_n_steps": 0},
+        {"sample": 0.0},
+        {"sample": 25},
+        {"correction": "x"},
+        {"dtype": "f8"},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(bad))):

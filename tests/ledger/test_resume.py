@@ -54,29 +54,29 @@ def contents(storage: Storage) -> list[str]:
 
 
 def test_steps_after_the_checkpoint_are_superseded(storage):
-    StageJournal.resume(storage, "s", 3, {"w"}, FACTS["plan"])
+    StageJournal.resume(storage, "s", 3, {"w"}, FACTS)
     write(storage, range(4, 7), attempt=2)
     assert contents(storage) == ["1/1", "1/2", "1/3", "2/4", "2/5", "2/6"]
 
 
 def test_a_stage_may_break_off_and_be_resumed_again(storage):
-    StageJournal.resume(storage, "s", 4, {"w"}, FACTS["plan"]).end("incomplete", "killed", 4, None)
+    StageJournal.resume(storage, "s", 4, {"w"}, FACTS).end("incomplete", "killed", 4, None)
     write(storage, range(5, 8), attempt=2)
-    StageJournal.resume(storage, "s", 2, {"w"}, FACTS["plan"])
+    StageJournal.resume(storage, "s", 2, {"w"}, FACTS)
     write(storage, range(3, 6), attempt=3)
     assert contents(storage) == ["1/1", "1/2", "3/3", "3/4", "3/5"]
 
 
 def test_nothing_sealed_is_overwritten(storage, tmp_path, files_of):
     before = {name: data for name, data in files_of(tmp_path).items() if "part-" in name}
-    StageJournal.resume(storage, "s", 1, {"w"}, FACTS["plan"])
+    StageJournal.resume(storage, "s", 1, {"w"}, FACTS)
     write(storage, range(2, 4), attempt=2)
     after = files_of(tmp_path)
     assert all(after[name] == data for name, data in before.items())
 
 
 def test_snapshots_of_superseded_steps_are_forgotten(storage):
-    journal = StageJournal.resume(storage, "s", 3, {"w"}, FACTS["plan"])
+    journal = StageJournal.resume(storage, "s", 3, {"w"}, FACTS)
     assert [entry["name"] for entry in journal.meta["snapshots"]] == ["start", "mid-1"]
     journal.snapshot("mid-2", 4, WEIGHTS)
     journal.end("complete", "", 6, WEIGHTS)
@@ -87,13 +87,15 @@ def test_snapshots_of_superseded_steps_are_forgotten(storage):
 
 def test_what_cannot_be_resumed_is_refused(storage):
     with pytest.raises(StageNotFoundError):
-        StageJournal.resume(storage, "other", 1, {"w"}, FACTS["plan"])
+        StageJournal.resume(storage, "other", 1, {"w"}, FACTS)
     with pytest.raises(ModelMismatchError, match="other layers or sketch settings"):
-        StageJournal.resume(storage, "s", 1, {"w"}, {"weights": ["another"]})
+        StageJournal.resume(storage, "s", 1, {"w"}, FACTS | {"plan": {"weights": ["another"]}})
+    with pytest.raises(ModelMismatchError, match="same settings"):
+        StageJournal.resume(storage, "s", 1, {"w"}, FACTS | {"sketch": {"dtype": "float32", "sample": 0.5}})
     with pytest.raises(StageExistsError, match="resume it from a checkpoint"):
         StageJournal.begin(storage, "s", WEIGHTS, {"w"}, FACTS)
-    StageJournal.resume(storage, "s", 3, {"w"}, FACTS["plan"]).end("complete", "", 5, WEIGHTS)
+    StageJournal.resume(storage, "s", 3, {"w"}, FACTS).end("complete", "", 5, WEIGHTS)
     with pytest.raises(StageExistsError):
-        StageJournal.resume(storage, "s", 3, {"w"}, FACTS["plan"])
+        StageJournal.resume(storage, "s", 3, {"w"}, FACTS)
     with pytest.raises(StageExistsError):
         check_place(storage.url, "s")

@@ -133,6 +133,11 @@ def _examples_of(stage: StageReader, totals: _Totals) -> InfluenceExamples:
 def _stage_caveats(stage: StageReader) -> list[str]:
     said = []
     coverage = stage.meta["coverage"] or {}
+    sample, every = (stage.meta["sketch"].get(budget, 1) for budget in ("sample", "every_n_steps"))
+    if sample < 1:
+        said.append(f"stage '{stage.name}': rows of {100 * sample:g} % of the examples, the others have no score")
+    if every > 1:
+        said.append(f"stage '{stage.name}': rows of one step in {every}, what examples did in the others is not known")
     if coverage.get("share", 1.0) < 0.9:
         said.append(f"stage '{stage.name}': rows cover {coverage['share']:.0%} of the trainable parameters")
     if stage.meta["correction_unavailable"]:

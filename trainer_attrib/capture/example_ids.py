@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,6 +49,11 @@ def pair_hashes(hashes: Tensor) -> Tensor:
 def id_strings(hashes: Tensor) -> list[str]:
     """Hashes as 16 hexadecimal digits."""
     return [f"{value & 0xFFFFFFFFFFFFFFFF:016x}" for value in hashes.tolist()]
+
+
+def sampled(example: str, share: float) -> bool:
+    """Whether an example belongs to the sample that holds this share of all examples, decided by its id alone."""
+    return int.from_bytes(blake2b(example.encode(), digest_size=8).digest()) < share * 2**64
 
 
 def _as_integers(values: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class Recorder:
             | self._facts
         )
         if after_step:
-            self._journal = StageJournal.resume(self._storage, self._stage, after_step, trainable, meta["plan"])
+            self._journal = StageJournal.resume(self._storage, self._stage, after_step, trainable, meta)
             self._resume(after_step)
         else:
             self._journal = StageJournal.begin(self._storage, self._stage, self._weights(), trainable, meta)
@@ -266,7 +266,7 @@ class Recorder:
         report = checks.check_coverage(self._model, self._plan, self._tap.projections, window)
         self._keep = checks.keep_columns(self._plan, report, captured)
         self._audited = [w for w in self._plan.weights if w.name not in report.partial]
-        self._rows = RowMaker(report.expected - len(report.silent), self._sketch.dtype, self._describe, self._seen)
+        self._rows = RowMaker(report.expected - len(report.silent), self._sketch, self._describe, self._seen)
         self._journal.update(coverage=report.to_dict())
         for line in report.lines():
             logger.info("stage '%s': %s", self._stage, line)

@@ -48,9 +48,10 @@ def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: di
     """What recording will cost, said before the first step."""
     width = 2 if sketch.dtype == "float16" else 4
     parent = f"continues '{meta['parent']}'" if meta["parent"] else "no parent: starts from weights not recorded here"
+    of_sample = f" for {100 * sketch.sample:g}% of the examples" if sketch.sample < 1 else ""
     lines = [
         f"stage '{stage}' ({parent}): {len(plan.weights)} weights in {sum(len(w.modules) for w in plan.weights)} "
-        f"layers, {plan.width * width / 1024:.1f} KiB per example, expected overhead at least "
+        f"layers, {plan.width * width / 1024:.1f} KiB per example{of_sample}, expected overhead at least "
         f"{100 * flop_share(plan) / sketch.every_n_steps:.1f}% of the matrix products"
     ]
     lines += [

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from trainer_attrib.capture.denominator import DenominatorProbe
-from trainer_attrib.capture.example_ids import id_strings
+from trainer_attrib.capture.example_ids import id_strings, sampled
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.numerics.sketching import unit_rows
 from trainer_attrib.tap.module_tap import Record
+from trainer_attrib.types import SketchConfig
 
 Describe = Callable[[Tensor, Tensor | None], Sequence[str]]
 """(token rows [R, S], mask [R, S] or None) -> the text of each row."""
@@ -77,7 +78,7 @@ class RowMaker:
     """Turns micro-batches into ledger rows on the writer's thread; remembers which examples were described."""
 
     expected: int  # modules that fire in a complete pass
-    dtype: str
+    sketch: SketchConfig
     describe: Describe | None
     seen: set[str] = field(default_factory=set)
 
@@ -87,7 +88,7 @@ class RowMaker:
         for index, micro in enumerate(micro_batches):
             rows, sketch = self._rows(step, micro, index, len(micro_batches), keep)
             block.rows += rows
-            block.examples += self._examples(micro, [row["example"] for row in rows])
+            block.examples += self._examples(micro, rows)
             sketches.append(sketch)
         if sketches:
             block.sketches = np.concatenate(sketches)
@@ -97,8 +98,10 @@ class RowMaker:
     def _rows(
         self, step: dict[str, Any], micro: MicroBatch, index: int, window: int, keep: Tensor | None
     ) -> tuple[list[dict[str, Any]], np.ndarray]:
-        sketches = micro.record.sketches if keep is None else micro.record.sketches * keep
-        unit, norms = unit_rows(sketches)
+        ids = _ids(micro)
+        kept = [row for row, example in enumerate(ids) if sampled(example, self.sketch.sample)]
+        sketches = micro.record.sketches if len(kept) == len(ids) else micro.record.sketches[kept]
+        unit, norms = unit_rows(sketches if keep is None else sketches * keep)
         denominator, source = measured_denominator(micro, window)
         tokens = None if micro.tokens is None else _per_example(micro.tokens, micro.record.examples).tolist()
         shared = {
@@ -110,15 +113,14 @@ class RowMaker:
             "version": step["version"],
             "complete": len(micro.record.backwards) >= self.expected,
         }
-        own = zip(_ids(micro), norms.tolist(), strict=True)
         rows = [
-            {"example": i, "row": r, "norm": n * denominator, "tokens": tokens and tokens[r], **shared}
-            for r, (i, n) in enumerate(own)
+            {"example": ids[r], "row": r, "norm": n * denominator, "tokens": tokens and tokens[r], **shared}
+            for r, n in zip(kept, norms.tolist(), strict=True)
         ]
-        return rows, unit.cpu().numpy().astype(self.dtype)
+        return rows, unit.cpu().numpy().astype(self.sketch.dtype)
 
-    def _examples(self, micro: MicroBatch, ids: list[str]) -> list[dict[str, Any]]:
-        fresh = {i: row for row, i in enumerate(ids) if i not in self.seen}
+    def _examples(self, micro: MicroBatch, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        fresh = {row["example"]: row["row"] for row in rows if row["example"] not in self.seen}
         if not fresh:
             return []
         self.seen.update(fresh)

@@ -13,6 +13,7 @@ from trainer_attrib.ledger.reader import Ledger, StageReader
 from trainer_attrib.ledger.schema import FORMAT, check_format, check_stage_name, snapshot_name, version_name
 from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors, save_tensors
 from trainer_attrib.ledger.storage import Storage
+from trainer_attrib.types import SketchConfig
 from trainer_attrib.version import __version__
 
 
@@ -66,10 +67,13 @@ class StageJournal:
         return journal
 
     @staticmethod
-    def resume(storage: Storage, name: str, after_step: int, trainable: set[str], plan: dict[str, Any]) -> StageJournal:
+    def resume(
+        storage: Storage, name: str, after_step: int, trainable: set[str], facts: dict[str, Any]
+    ) -> StageJournal:
         """Go on with a stage that broke off, from a checkpoint taken after ``after_step``.
 
-        Nothing is removed: what was recorded after that step is superseded, and readers leave it out.
+        Nothing is removed: what was recorded after that step is superseded, and readers leave it out. Plan and sketch
+        settings must be those of ``facts``, which :meth:`begin` would store.
 
         Raises:
             StageNotFoundError: there is no such stage.
@@ -79,7 +83,9 @@ class StageJournal:
         stage = Ledger(storage.url).stage(name)
         if stage.meta["status"] == "complete":
             raise stage_exists(storage, name)
-        if stage.meta["plan"] != json.loads(json.dumps(plan)) or set(stage.meta["trainable"]) != trainable:
+        same_sketch = SketchConfig(**stage.meta["sketch"]) == SketchConfig(**facts["sketch"])
+        same_plan = stage.meta["plan"] == json.loads(json.dumps(facts["plan"]))
+        if not same_sketch or not same_plan or set(stage.meta["trainable"]) != trainable:
             raise ModelMismatchError(
                 f"Stage '{name}' began with other layers or sketch settings than it is resumed with.",
                 cause="the model, its frozen weights or the SketchConfig were changed between the two runs.",
