@@ -66,7 +66,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "projecting the input": _patch("trainer_attrib.tap.layers._three_axes", 3),
     "adding a sketch": _patch("trainer_attrib.tap.module_tap.sketch_examples", 3),
     "checking coverage": _patch("trainer_attrib.capture.coverage.check_coverage"),
-    "projecting the weights": _patch("trainer_attrib.capture.recorder.Recorder._project", 3),
+    "projecting the weights": _patch("trainer_attrib.capture.step_recorder.StepRecorder._project", 3),
     "reading the optimizer": _patch("trainer_attrib.capture.stage_facts.group_settings", 1),
     "refreshing the second moment": _patch("trainer_attrib.ledger.journal.StageJournal.second_moment"),
     "making the rows": _patch("trainer_attrib.capture.window.unit_rows", 1),

@@ -319,7 +319,7 @@ def test_a_learning_rate_that_the_optimizer_makes_itself_is_unknown(tmp_path: Pa
     train(LinearOnThreeAxes(), tmp_path, steps=5, optimizer=lambda p: _hf_adafactor(p), strict=True)
     stage = Ledger(tmp_path).stage("one")
     assert all(np.isnan(row[0]) for row in stage.steps()["learning_rate"].to_pylist())
-    assert stage.meta["optimizer"]["groups"][0]["settings"]["lr"] is None
+    assert stage.meta["optimizers"][0]["groups"][0]["settings"]["lr"] is None
     assert len(stage.meta["versions"]) == 1
 
 

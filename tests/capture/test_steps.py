@@ -12,6 +12,7 @@ import torch
 
 from trainer_attrib.capture.moment_readers import second_moment
 from trainer_attrib.capture.recorder import Recorder
+from trainer_attrib.capture.step_recorder import StepRecorder
 from trainer_attrib.ledger.reader import Ledger, StageReader
 from trainer_attrib.numerics.second_moment import factor
 from trainer_attrib.tap.plan import SketchPlan
@@ -63,14 +64,14 @@ def test_projected_weights_are_linear_in_the_update_in_double_precision(
 ) -> None:
     """The table stores float32; before that rounding the differences are exact."""
     projected: list[torch.Tensor] = []
-    original = Recorder._project
+    original = StepRecorder._project
 
-    def spy(recorder: Recorder, weight: Any) -> torch.Tensor:
+    def spy(recorder: StepRecorder, weight: Any) -> torch.Tensor:
         found = original(recorder, weight)
         projected.append(found.flatten().clone())
         return found
 
-    monkeypatch.setattr(Recorder, "_project", spy)
+    monkeypatch.setattr(StepRecorder, "_project", spy)
     model, history = LinearOnThreeAxes(), []
     train(model, tmp_path, steps=4, optimizer=OPTIMIZERS[name], sketch=SketchConfig(rank=4),
           watch=lambda step, model, optimizer: history.append(_weights(model)))  # fmt: skip
@@ -105,7 +106,7 @@ def test_settings_are_those_the_step_used(tmp_path: Path, train: Callable) -> No
     assert used[1] == [5e-3, 5e-4]
     assert all(row["weight_decay"] == [0.1, 0.0] for row in steps)
     assert all((row["beta1"], row["beta2"]) == ([0.7, 0.7], [0.9, 0.9]) for row in steps)
-    groups = stage.meta["optimizer"]["groups"]
+    groups = stage.meta["optimizers"][0]["groups"]
     assert [group["parameters"] for group in groups] == [
         ["first.weight", "second.weight"], ["first.bias", "second.bias"],
     ]  # fmt: skip

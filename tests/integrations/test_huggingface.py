@@ -202,7 +202,7 @@ FAULTS = {
     "hooks": "trainer_attrib.tap.module_tap.sketch_examples",
     "rows": "trainer_attrib.capture.window.unit_rows",
     "ids": "trainer_attrib_integrations.huggingface._columns",
-    "projections": "trainer_attrib.capture.recorder.Recorder._project",
+    "projections": "trainer_attrib.capture.step_recorder.StepRecorder._project",
 }
 
 

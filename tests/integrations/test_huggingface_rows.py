@@ -278,5 +278,5 @@ def test_settings_and_text_are_kept(fit: Callable, tiny_gpt2: Callable, token_ro
     _, stage = fit(tiny_gpt2(), token_rows(ROWS), optim="sgd")
     assert stage.meta["trainer"] == "Trainer"
     assert stage.meta["settings"]["per_device_train_batch_size"] == 4
-    assert "SGD" in stage.meta["optimizer"]["class"]
+    assert "SGD" in stage.meta["optimizers"][0]["class"]
     assert stage.meta["versions_of"].keys() >= {"torch", "transformers", "trainer-attrib"}

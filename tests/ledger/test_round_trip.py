@@ -141,6 +141,8 @@ def _stage_on_disk(root: Path) -> Storage:
         "began": 0.0,
         "width": 3,
         "resumed": [],
+        "processes": 1,
+        "sharded": False,
         "snapshots": [],
         "versions": [],
         "sketch": {"dtype": "float32"},

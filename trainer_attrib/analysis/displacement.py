@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +51,19 @@ def surviving_share(stages: list[StageReader], name: str) -> float:
     """
     share = 1.0
     for stage in stages:
-        optimizer = stage.meta["optimizer"]
-        group = next((i for i, g in enumerate(optimizer["groups"]) if name in g["parameters"]), None)
-        sgd = optimizer["class"].endswith(".SGD")
-        if group is None or not (optimizer["decoupled_weight_decay"] or sgd):
-            continue
-        for step in stage.steps().select(["learning_rate", "weight_decay", "beta1"]).to_pylist():
+        for number, optimizer in enumerate(stage.meta["optimizers"]):
+            share *= _surviving_optimizer(stage, number, optimizer, name)
+    return share
+
+
+def _surviving_optimizer(stage: StageReader, number: int, optimizer: dict[str, Any], name: str) -> float:
+    group = next((i for i, g in enumerate(optimizer["groups"]) if name in g["parameters"]), None)
+    sgd = optimizer["class"].endswith(".SGD")
+    if group is None or not (optimizer["decoupled_weight_decay"] or sgd):
+        return 1.0
+    share = 1.0
+    for step in stage.steps().select(["optimizer", "learning_rate", "weight_decay", "beta1"]).to_pylist():
+        if step["optimizer"] == number:
             momentum = step["beta1"][group] if sgd else 0.0
             share *= 1.0 - step["learning_rate"][group] * step["weight_decay"][group] / (1.0 - momentum)
     return share

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -11,37 +12,40 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer_attrib.capture.moment_readers import correction_unavailable
 from trainer_attrib.capture.optimizer_tap import describe_optimizer, group_settings
 from trainer_attrib.tap.names import parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan
-from trainer_attrib.types import SketchConfig
+from trainer_attrib.tap.shards import shard_of
+from trainer_attrib.types import Correction, SketchConfig
 from trainer_attrib.version import __version__
 
 _FRAMEWORKS = ("torch", "transformers", "accelerate", "trl", "peft", "lightning", "pytorch-lightning", "datasets")
 
 
 def stage_facts(
-    model: nn.Module,
-    optimizer: Optimizer,
-    plan: SketchPlan,
-    sketch: SketchConfig,
-    trainable: set[str],
-    correction_unavailable: str,
+    model: nn.Module, optimizers: Sequence[Optimizer], plan: SketchPlan, sketch: SketchConfig, trainable: set[str]
 ) -> dict[str, Any]:
     """What ``stage.json`` says from the start."""
     names = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
     return {
         "model": type(model).__name__,
         "trainable": sorted(trainable),
-        "optimizer": describe_optimizer(optimizer, names),
+        "optimizers": [describe_optimizer(optimizer, names) for optimizer in optimizers],
         "sketch": sketch.to_dict(),
-        "correction_unavailable": correction_unavailable,
+        "correction_unavailable": _why_raw(optimizers, sketch),
         "plan": plan.to_dict(),
         "width": plan.width,
         "coverage": None,
         "overhead": None,
         "versions_of": _software(),
     }
+
+
+def _why_raw(optimizers: Sequence[Optimizer], sketch: SketchConfig) -> str:
+    if sketch.correction != Correction.FACTORED:
+        return ""
+    return "; ".join(dict.fromkeys(reason for o in optimizers if (reason := correction_unavailable(o))))
 
 
 def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: dict[str, Any]) -> list[str]:
@@ -95,17 +99,13 @@ def step_row(step: int, optimizer: Optimizer, micro_batches: int, version: int) 
     }
 
 
-def audited_scalars(
-    gradients: list[Tensor], losses: list[Tensor], audited: tuple[Tensor, Tensor] | None
-) -> dict[str, Tensor]:
-    """The step's numbers that live on the device."""
+def step_scalars(gradients: list[Tensor], losses: list[Tensor]) -> dict[str, Tensor]:
+    """The step's numbers that live on the device; of a sharded gradient the norm of this process's part."""
     scalars = {}
     if gradients:
-        scalars["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
+        scalars["gradient_norm"] = torch.nn.utils.get_total_norm([shard_of(gradient).local for gradient in gradients])
     if losses:
         scalars["loss"] = torch.stack([loss.float() for loss in losses]).sum()
-    if audited is not None:
-        scalars["audit_scale"], scalars["audit_residual"] = audited
     return scalars
 
 

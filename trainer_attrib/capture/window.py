@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.numerics.sketching import unit_rows
 from trainer_attrib.tap.module_tap import Record
+from trainer_attrib.tap.plan import WeightPlan
 from trainer_attrib.types import SketchConfig
 
 Describe = Callable[[Tensor, Tensor | None], Sequence[str]]
@@ -67,6 +68,15 @@ class Window:
             self.micro_batches = [m for m in self.micro_batches if m.trained]
         self.micro_batches.append(micro_batch)
 
+    def take(self, weights: Sequence[WeightPlan] | None) -> Window:
+        """What a step used, removed from here: everything, or what these weights took, if optimizers take turns."""
+        taken, self.losses = Window(losses=self.losses), []
+        if weights is None:
+            taken.micro_batches, self.micro_batches = self.micro_batches, []
+            return taken
+        taken.micro_batches = [replace(micro, record=micro.record.take(weights)) for micro in self.micro_batches]
+        return taken
+
     def captured(self) -> Tensor | None:
         """Sum of all row sketches [width], or None if nothing was captured."""
         sums = [m.record.sketches.sum(0) for m in self.micro_batches if m.trained]
@@ -80,6 +90,7 @@ class RowMaker:
     expected: int  # modules that fire in a complete pass
     sketch: SketchConfig
     describe: Describe | None
+    rank: int = 0
     seen: set[str] = field(default_factory=set)
 
     def block(self, step: dict[str, Any], micro_batches: list[MicroBatch], keep: Tensor | None) -> Block:
@@ -106,6 +117,7 @@ class RowMaker:
         tokens = None if micro.tokens is None else _per_example(micro.tokens, micro.record.examples).tolist()
         shared = {
             "step": step["step"],
+            "rank": self.rank,
             "epoch": step["epoch"],
             "micro_batch": index,
             "denominator": denominator,

@@ -60,6 +60,8 @@ class StageJournal:
             "snapshots": [],
             "versions": [],
             "resumed": [],
+            "processes": 1,
+            "sharded": False,
             **facts,
         }
         journal = StageJournal(storage, name, trainable, meta)

@@ -46,21 +46,24 @@ def _stage(stage: StageReader) -> dict[str, Any]:
         "bytes": stage.bytes,
         "snapshots": [snapshot["name"] for snapshot in meta["snapshots"]],
         "second_moment_versions": len(meta["versions"]),
-        "optimizer": meta["optimizer"]["class"],
+        "optimizers": [optimizer["class"] for optimizer in meta["optimizers"]],
+        "processes": meta["processes"],
         "coverage": (meta["coverage"] or {}).get("share"),
         "overhead": meta["overhead"],
     }
 
 
 def _facts(stage: dict[str, Any]) -> str:
-    optimizer = stage["optimizer"].rsplit(".", 1)[-1]
+    optimizers = " and ".join(name.rsplit(".", 1)[-1] for name in stage["optimizers"])
     facts = [
         stage["status"] + (f" ({stage['reason']})" if stage["reason"] else ""),
-        f"{stage['steps']:,} steps of {optimizer}",
+        f"{stage['steps']:,} steps of {optimizers}",
         f"{stage['rows']:,} rows of {stage['examples']:,} examples",
         f"{stage['bytes'] / 1e6:.1f} MB",
         f"{len(stage['snapshots'])} snapshots",
     ]
+    if stage["processes"] > 1:
+        facts.append(f"{stage['processes']} processes")
     return ", ".join(facts)
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from trainer_attrib.errors import CorruptPartError, LedgerFormatError, LedgerNotFoundError, StageNotFoundError
+from trainer_attrib.ledger.ranks import merge_steps
 from trainer_attrib.ledger.schema import (
     EXAMPLES,
     STEPS,
@@ -79,6 +80,8 @@ class StageReader:
 
     def count(self, kind: str) -> int:
         """Number of sealed ``"rows"``, ``"steps"`` or ``"examples"`` that count."""
+        if self.meta["processes"] > 1 and kind != "rows":
+            return (self.examples() if kind == "examples" else self.steps()).num_rows
         if kind == "examples" or not self.meta["resumed"]:
             return sum(part[kind] for part in self.parts())
         return self.steps().num_rows if kind == "steps" else sum(block.table.num_rows for block in self.rows())
@@ -111,11 +114,17 @@ class StageReader:
 
     def steps(self) -> pa.Table:
         """All recorded optimizer steps, in order."""
-        return self._all("steps", STEPS).sort_by("step")
+        steps = self._all("steps", STEPS)
+        several = self.meta["processes"] > 1
+        return merge_steps(steps, sharded=self.meta["sharded"]) if several else steps.sort_by("step")
 
     def examples(self) -> pa.Table:
         """Every example seen in this stage once: example, source, text."""
-        return self._all("examples", EXAMPLES)
+        examples = self._all("examples", EXAMPLES)
+        if self.meta["processes"] == 1:
+            return examples
+        first = np.unique(examples["example"].to_numpy(zero_copy_only=False), return_index=True)[1]
+        return examples.take(np.sort(first))  # several processes may have seen the same one
 
     def snapshot(self, name: str) -> dict[str, Tensor]:
         """Trainable weights at ``"start"``, ``"end"`` or inside the stage.

@@ -18,6 +18,7 @@ ROWS = pa.schema(
     [
         ("example", pa.string()),
         ("step", pa.int64()),  # executed optimizer update that the row took part in, counted from 1
+        ("rank", pa.int16()),  # process that trained on the row
         ("micro_batch", pa.int32()),
         ("row", pa.int32()),  # position in the micro-batch
         ("epoch", pa.float32()),
@@ -33,6 +34,8 @@ ROWS = pa.schema(
 STEPS = pa.schema(
     [
         ("step", pa.int64()),
+        ("rank", pa.int16()),  # process that wrote this; readers put the rows of all processes together
+        ("optimizer", pa.int16()),  # whose update it was, where several take turns
         ("epoch", pa.float32()),
         ("micro_batches", pa.int32()),
         ("rows", pa.int32()),
@@ -47,6 +50,11 @@ STEPS = pa.schema(
         ("audit_weight", pa.string()),
         ("audit_scale", pa.float64()),
         ("audit_residual", pa.float64()),
+        (
+            "captured_sketch",
+            pa.binary(),
+        ),  # float32, of the audited weight, where several processes train: the sum of this
+        ("gradient_sketch", pa.binary()),  # process's rows and the gradient, or the process's part of it
         ("version", pa.int16()),
         ("projected_weights", pa.binary()),  # float32, the row layout; differences are the executed update
     ]

@@ -7,9 +7,10 @@ backward pass; two forwards may precede one backward, so a closure holds the rec
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,16 @@ class Record:
             sketch_BK = sketch_BK[: self.examples] + sketch_BK[self.examples :]
         known = self._parts.get(weight.name)
         self._parts[weight.name] = sketch_BK if known is None else known + sketch_BK
+
+    def take(self, weights: Sequence[WeightPlan]) -> Record:
+        """What was captured of some weights, as a record of its own that forgets the rest; removed from this one."""
+        taken = copy.copy(self)
+        names, modules = {w.name for w in weights}, {m for w in weights for m in w.modules}
+        taken._parts = {name: part for name, part in self._parts.items() if name in names}
+        taken.backwards = Counter({name: count for name, count in self.backwards.items() if name in modules})
+        self._parts = {name: part for name, part in self._parts.items() if name not in names}
+        self.backwards = Counter({name: count for name, count in self.backwards.items() if name not in modules})
+        return taken
 
     @property
     def sketches(self) -> Tensor:

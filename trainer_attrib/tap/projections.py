@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,7 @@ from trainer_attrib.numerics.sketching import add_bias, as_matrix, sketch_matrix
 from trainer_attrib.tap.layers import Pair
 from trainer_attrib.tap.names import parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
+from trainer_attrib.tap.shards import shard_of
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Weight name -> row means [R] and column means [C] of its second moment."""
@@ -27,6 +31,13 @@ class Projections:
 
     def __getitem__(self, weight: str) -> Pair:
         return self._pairs[weight]
+
+    def refreshed(self, weights: Iterable[WeightPlan], factors: Factors, version: int) -> Projections:
+        """The same with a new second moment folded in for some weights: those of one optimizer."""
+        changed = copy.copy(self)
+        changed.version = version
+        changed._pairs = self._pairs | {w.name: self._pair(w, factors) for w in weights}
+        return changed
 
     @property
     def nbytes(self) -> int:
@@ -52,13 +63,21 @@ class Projections:
         return Pair(left, right, sides, extended[:, -1].contiguous())
 
     def sketch(self, weight: WeightPlan, tensor: Tensor, bias: Tensor | None) -> Tensor:
-        """Sketch of a tensor shaped like the weight (the weight itself, its gradient), [K_l, K_r]."""
-        pair = self._pairs[weight.name]
-        sketch = sketch_matrix(as_matrix(tensor).to(pair.left.dtype), *pair.sides)
+        """Sketch of a tensor shaped like the weight (the weight itself, its gradient), [K_l, K_r].
+
+        Of a sharded one this is the sketch of what this process holds: those of all processes add up to the whole.
+        """
+        pair, part = self._pairs[weight.name], shard_of(tensor)
+        left, right = pair.sides
+        if part.local.shape != tensor.shape:  # a vector is one row: its shards are columns
+            left, right = (left, right[:, part.span]) if tensor.dim() == 1 else (left[:, part.span], right)
+        sketch = sketch_matrix(as_matrix(part.local).to(pair.left.dtype), left, right)
         if bias is None or pair.bias is None:
             return sketch
+        part = shard_of(bias)
         other = pair.sides[1 - weight.bias_axis]
-        return add_bias(sketch, bias.to(other.dtype), weight.bias_axis, other, pair.bias)
+        other = other if part.local.shape == bias.shape else other[:, part.span]
+        return add_bias(sketch, part.local.to(other.dtype), weight.bias_axis, other, pair.bias)
 
 
 def _reference(parameter: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""An open stage: what all parts of a recording share from its first step to its last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer_attrib.capture.coverage import Coverage
+from trainer_attrib.capture.processes import Processes, is_sharded, whole
+from trainer_attrib.capture.stage_facts import stage_facts
+from trainer_attrib.capture.window import Describe
+from trainer_attrib.ledger.following import FollowingJournal
+from trainer_attrib.ledger.journal import StageJournal
+from trainer_attrib.ledger.reader import Ledger
+from trainer_attrib.ledger.storage import Storage
+from trainer_attrib.ledger.writer import StageWriter
+from trainer_attrib.tap.module_tap import ModuleTap
+from trainer_attrib.tap.names import parameters_by_name
+from trainer_attrib.tap.plan import SketchPlan
+from trainer_attrib.tap.projections import Projections
+from trainer_attrib.types import SketchConfig
+
+
+@dataclass
+class Recording:
+    """What is fixed before a stage is opened."""
+
+    storage: Storage
+    name: str
+    model: nn.Module
+    plan: SketchPlan
+    sketch: SketchConfig
+    raw: Projections
+    tap: ModuleTap
+    processes: Processes
+    describe: Describe | None
+    facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.parameters = parameters_by_name(self.model)
+        self.trainable = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self.sharded = any(is_sharded(parameter) for parameter in self.parameters.values())
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters' values. Where they are sharded they are put together, for which every process must ask."""
+        return {name: whole(parameter.data) for name, parameter in self.parameters.items()}
+
+
+@dataclass(frozen=True)
+class OpenStage:
+    """A stage being recorded: what is fixed, and where it is written to. Made by :func:`open_stage`."""
+
+    recording: Recording
+    journal: StageJournal
+    writer: StageWriter
+    seen: set[str]  # examples that are described already
+    reports: dict[int, Coverage] = field(default_factory=dict)  # by optimizer
+
+
+def open_stage(recording: Recording, optimizers: Sequence[Optimizer], after_step: int) -> OpenStage:
+    """Begin the stage, or go on with one that broke off; one process does, the others follow.
+
+    Raises:
+        LedgerError: the stage cannot be begun, or not be gone on with.
+    """
+    facts = stage_facts(recording.model, optimizers, recording.plan, recording.sketch, recording.trainable)
+    facts |= {"processes": recording.processes.size, "sharded": recording.sharded} | recording.facts
+    weights = {} if after_step else recording.weights()
+    made: list[StageJournal] = []
+
+    def begin() -> dict[str, Any]:
+        storage, name, trainable = recording.storage, recording.name, recording.trainable
+        if after_step:
+            made.append(StageJournal.resume(storage, name, after_step, trainable, facts))
+        else:
+            made.append(StageJournal.begin(storage, name, weights, trainable, facts))
+        return made[0].meta
+
+    meta = recording.processes.led(begin)
+    journal = made[0] if made else FollowingJournal(recording.storage, recording.name, recording.trainable, meta)
+    folder, dtype = f"stages/{recording.name}", recording.sketch.dtype
+    writer = StageWriter(recording.storage, folder, dtype, recording.processes.rank)
+    seen: set[str] = set()
+    if after_step:
+        seen = set(Ledger(recording.storage.url).stage(recording.name).examples()["example"].to_pylist())
+    return OpenStage(recording, journal, writer, seen)
