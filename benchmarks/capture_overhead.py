@@ -30,10 +30,12 @@ import torch
 from overhead_work import LAYERS, RANK, TOKENS, WIDTH, StepClock, ratios, small_gpt2, take_turns, trainer_for
 
 from trainer_attrib import Ledger, SketchConfig
+from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.second_moments import SecondMoments
 from trainer_attrib.capture.stage_facts import flop_share
 from trainer_attrib.integrations.huggingface import AttributionCallback
-from trainer_attrib.tap.plan import parameters_by_name, plan_sketch
+from trainer_attrib.tap.names import parameters_by_name
+from trainer_attrib.tap.plan import plan_sketch
 from trainer_attrib.tap.projections import Projections
 
 HERE = Path(__file__).parent
@@ -94,7 +96,7 @@ def correction_memory() -> tuple[int, int]:
     model(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
     optimizer.step()
     plan = plan_sketch(model, SKETCHES["corrected"])
-    factors = SecondMoments(plan, optimizer, parameters_by_name(model), "factored").factors()
+    factors = SecondMoments(plan.weights, optimizer, parameters_by_name(model), "factored", Processes()).factors()
     return Projections(plan, model, factors, 1).nbytes, sum(w.rows + w.columns for w in plan.weights)
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.second_moments import SecondMoments
-from trainer_attrib.tap.plan import parameters_by_name, plan_sketch
+from trainer_attrib.tap.names import parameters_by_name
+from trainer_attrib.tap.plan import plan_sketch
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.types import SketchConfig
 
@@ -22,7 +24,7 @@ def corrected(model):
     model(torch.randn(3, model[0].in_features)).square().mean().backward()
     optimizer.step()
     plan = plan_sketch(model, SketchConfig(rank=RANK))
-    moments = SecondMoments(plan, optimizer, parameters_by_name(model), "factored")
+    moments = SecondMoments(plan.weights, optimizer, parameters_by_name(model), "factored", Processes())
     factors = moments.factors()
     assert factors.keys() == {weight.name for weight in plan.weights}
     return plan, moments, factors, Projections(plan, model, factors, version=1), optimizer
