@@ -23,7 +23,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import pytest_addoption, pytest_configure
+pytest.register_assert_rewrite("trainer_attrib.testing.contract")
+
+from tests.support import pytest_addoption, pytest_configure  # noqa: E402
 
 __all__ = ["pytest_addoption", "pytest_configure"]  # hooks of the support table
 

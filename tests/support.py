@@ -10,7 +10,8 @@ in the page, take either side and run it again. A new area is a new name in ``AR
 combination is what users read: name the thing as they know it.
 
 A row is verified (refused) only if all of its tests passed in the run that wrote it; a test that was skipped or failed
-leaves it not tested, with the reason. There is no fourth state.
+leaves it not tested, with the reason. There is no fourth state. Only parts of the contract suite that an integration
+says it has not are no problem for its row: name what they would prove in a row of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from trainer_attrib.testing.contract import NOT_SUPPORTED
 
 AREAS = (
     "Training loops",
@@ -81,7 +84,7 @@ class SupportTable:
         for item in items:
             self._keys[item.nodeid] = keys = [self._claim(item, mark) for mark in item.iter_markers("support")]
             for key in keys:
-                self.claims[key].tests.append(item.nodeid.partition("[")[0])
+                self.claims[key].tests.append(_shown(item))
         if self._areas is not None:
             wanted = [i for i in items if any(area in self._areas for area, _ in self._keys[i.nodeid])]
             config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
@@ -104,7 +107,8 @@ class SupportTable:
                 claim.problems.insert(0, f"{report.nodeid.partition('[')[0]} failed")
             elif report.skipped:
                 why = report.longrepr[2] if isinstance(report.longrepr, tuple) else "expected to fail"
-                claim.problems.append(why.removeprefix("Skipped: "))
+                if NOT_SUPPORTED not in why:
+                    claim.problems.append(why.removeprefix("Skipped: "))
             elif report.when == "call":
                 claim.passed += 1
 
@@ -113,6 +117,14 @@ class SupportTable:
         if self._file is not None:
             wanted = {k: c for k, c in self.claims.items() if self._areas is None or k[0] in self._areas}
             Path(self._file).write_text(json.dumps([claim.row(key) for key, claim in wanted.items()]))
+
+
+def _shown(item: pytest.Item) -> str:
+    """The test's name without its parameters; of a class that is marked as a whole, the class's."""
+    name = item.nodeid.partition("[")[0]
+    kind = getattr(item, "cls", None)
+    whole = kind is not None and any(mark.name == "support" for mark in getattr(kind, "pytestmark", ()))
+    return name.rpartition("::")[0] if whole else name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
