@@ -129,7 +129,7 @@ class Lit(pl.LightningModule):
         self.net, self.run_of, self.losses = run.model(), run, []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        loss = self.net(batch["input_ids"], batch["labels"])["loss"]
+        loss = self.net(input_ids=batch["input_ids"], labels=batch["labels"])["loss"]
         self.losses.append(float(loss.detach()))
         return loss
 
@@ -183,7 +183,7 @@ class TestPlainLoop(Loop):
                     continue
                 for batch in window:
                     with recorder.batch(batch["id"]) if recorder else nullcontext():
-                        loss = model(batch["input_ids"], batch["labels"])["loss"] / run.accumulate
+                        loss = model(input_ids=batch["input_ids"], labels=batch["labels"])["loss"] / run.accumulate
                         loss.backward()
                     if recorder:
                         recorder.note_loss(loss)
@@ -225,7 +225,7 @@ class TestAccelerate(Loop):
                         continue
                     with accelerator.accumulate(model):
                         with recorder.batch(batch["id"]) if recorder else nullcontext():
-                            loss = model(batch["input_ids"], batch["labels"])["loss"]
+                            loss = model(input_ids=batch["input_ids"], labels=batch["labels"])["loss"]
                             accelerator.backward(loss)
                         if recorder:
                             recorder.note_loss(loss / run.accumulate)
