@@ -16,10 +16,10 @@ from trainer_attrib.analysis.retraining import Closure, Program, check_programs,
 from trainer_attrib.analysis.stage_view import ledger_blocks
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.journal import check_same_model
-from trainer_attrib.ledger.reader import Ledger, StageReader
-from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors
+from trainer_attrib.ledger.links import describe_weights, find_link
+from trainer_attrib.ledger.reader import Ledger, StageReader, no_stage_ended_with
 from trainer_attrib.report.page import write_page
-from trainer_attrib.tap.names import parameters_by_name
+from trainer_attrib.tap.names import adapter_weights, parameters_by_name
 
 
 class Analyzer:
@@ -38,8 +38,12 @@ class Analyzer:
     def __init__(self, ledger: str | os.PathLike[str], model: nn.Module) -> None:
         self.ledger, self.model = Ledger(ledger), model
         weights = {name: parameter.data for name, parameter in parameters_by_name(model).items()}
-        check_same_model(self.ledger, {name: list(weight.shape) for name, weight in weights.items()})
-        self.lineage: list[StageReader] = self.ledger.lineage(combine(fingerprint_tensors(weights)))
+        described = describe_weights(weights)
+        self.link = find_link(self.ledger.stages(), described, weights, adapter_weights(model))
+        if self.link.parent is None:
+            check_same_model(self.ledger, described)
+            raise no_stage_ended_with(self.ledger, self.link.reason)
+        self.lineage: list[StageReader] = self.ledger.ancestry(self.link.parent)
 
     def stage_effects(
         self,

@@ -20,6 +20,7 @@ from trainer_attrib.capture.stage_facts import preflight_lines, snapshot_steps
 from trainer_attrib.capture.step_recorder import StepRecorder
 from trainer_attrib.capture.window import Describe, Known, MicroBatch, Names, Window
 from trainer_attrib.ledger.journal import check_place
+from trainer_attrib.tap.adapters import merged_weights
 from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.plan import plan_sketch
 from trainer_attrib.tap.projections import Projections
@@ -276,7 +277,9 @@ class Recorder:
         try:
             if reached_end and not self._stage.processes.agree(self.fault is None) and self.fault is None:
                 status, reason = "incomplete", "capture stopped in another process of the training"
-            self._journal.end(status, reason, self.step, self._stage.weights() if reached_end else None)
+            weights = self._stage.weights() if reached_end else None
+            merged = () if self._stage.sharded else merged_weights(self._stage.model)
+            self._journal.end(status, reason, self.step, weights, merged)
         except Exception as fault:
             self.fault = self.fault or fault
         if self.fault is not None and self.fault is not known:

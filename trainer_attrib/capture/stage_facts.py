@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 
 from trainer_attrib.capture.moment_readers import correction_unavailable
 from trainer_attrib.capture.optimizer_tap import describe_optimizer, group_settings
-from trainer_attrib.tap.names import parameters_by_name
+from trainer_attrib.ledger.links import Link
+from trainer_attrib.tap.adapters import low_rank_updates
+from trainer_attrib.tap.names import adapter_weights, parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.shards import shard_of
 from trainer_attrib.types import Correction, SketchConfig
@@ -31,6 +33,8 @@ def stage_facts(
     return {
         "model": type(model).__name__,
         "trainable": sorted(trainable),
+        "adapters": sorted(adapter_weights(model)),
+        "low_rank_updates": low_rank_updates(model),
         "optimizers": [describe_optimizer(optimizer, names) for optimizer in optimizers],
         "sketch": sketch.to_dict(),
         "correction_unavailable": _why_raw(optimizers, sketch),
@@ -51,11 +55,11 @@ def _why_raw(optimizers: Sequence[Optimizer], sketch: SketchConfig) -> str:
 def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: dict[str, Any]) -> list[str]:
     """What recording will cost, said before the first step."""
     width = 2 if sketch.dtype == "float16" else 4
-    parent = f"continues '{meta['parent']}'" if meta["parent"] else "no parent: starts from weights not recorded here"
     of_sample = f" for {100 * sketch.sample:g}% of the examples" if sketch.sample < 1 else ""
+    layers = sum(len(w.modules) for w in plan.weights)
     lines = [
-        f"stage '{stage}' ({parent}): {len(plan.weights)} weights in {sum(len(w.modules) for w in plan.weights)} "
-        f"layers, {plan.width * width / 1024:.1f} KiB per example{of_sample}, expected overhead at least "
+        f"stage '{stage}' ({Link.of(meta)}): {len(plan.weights)} weights in {layers} layers, "
+        f"{plan.width * width / 1024:.1f} KiB per example{of_sample}, expected overhead at least "
         f"{100 * flop_share(plan) / sketch.every_n_steps:.1f}% of the matrix products"
     ]
     lines += [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from trainer_attrib.errors import ModelMismatchError, StageExistsError
+from trainer_attrib.ledger.links import Link, combined, describe_merged, describe_weights, find_link
 from trainer_attrib.ledger.reader import Ledger, StageReader
-from trainer_attrib.ledger.schema import FORMAT, check_format, check_stage_name, snapshot_name, version_name
-from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors, save_tensors
+from trainer_attrib.ledger.schema import FORMAT, WEIGHTS, check_format, check_stage_name, snapshot_name, version_name
+from trainer_attrib.ledger.snapshots import save_tensors
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.types import SketchConfig
 from trainer_attrib.version import __version__
@@ -43,9 +46,11 @@ class StageJournal:
             StageExistsError: the name is taken.
             ModelMismatchError: the ledger was recorded from another model.
         """
-        _open_ledger(storage, weights)
-        start = combine(fingerprint_tensors(weights))
-        parent = _stage_ending_with(storage, start)
+        start = describe_weights(weights)
+        link = _open_ledger(storage, start, weights, facts.get("adapters", ()))
+        if link.parent is not None:
+            trained_before = set(StageReader(storage, link.parent).meta["trainable"])
+            link = replace(link, frozen=tuple(sorted((trained_before & start.keys()) - trainable)))
         if not storage.create_folder(f"stages/{name}"):
             raise stage_exists(storage, name)
         meta: dict[str, Any] = {
@@ -55,8 +60,9 @@ class StageJournal:
             "reason": "",
             "began": time.time(),
             "ended": None,
-            "parent": parent.name if parent else None,
-            "weights": {"start": start, "end": None},
+            "parent": link.parent,
+            "link": link.to_dict(),
+            "weights": {"start": combined(start), "end": None},
             "snapshots": [],
             "versions": [],
             "resumed": [],
@@ -65,7 +71,8 @@ class StageJournal:
             **facts,
         }
         journal = StageJournal(storage, name, trainable, meta)
-        journal._keep_start(parent, weights)
+        journal._describe({"start": start})
+        journal._keep_start(link, weights)
         return journal
 
     @staticmethod
@@ -119,16 +126,40 @@ class StageJournal:
         self.update(versions=[*self.meta["versions"], {"version": version, "after_step": step, **entry}])
         return version
 
-    def end(self, status: str, reason: str, step: int, weights: dict[str, Tensor] | None) -> None:
-        """Close the stage; a complete one gets its end snapshot and the hash its children are found by."""
+    def end(
+        self,
+        status: str,
+        reason: str,
+        step: int,
+        weights: dict[str, Tensor] | None,
+        merged: Iterable[tuple[str, Tensor]] = (),
+    ) -> None:
+        """Close the stage; a complete one gets its end snapshot and the fingerprints its children are found by.
+
+        Args:
+            status: ``"complete"`` or ``"incomplete"``.
+            reason: why it is incomplete.
+            step: the last one.
+            weights: all parameters at the end; None if it was not reached.
+            merged: those that merging the model's adapters would change, with the values this gives.
+        """
         if weights is not None:
             self.snapshot("end", step, weights)
-            self.meta["weights"]["end"] = combine(fingerprint_tensors(weights))
+            end = describe_weights(weights)
+            self._describe({"end": end, "merged": describe_merged(merged)})
+            self.meta["weights"]["end"] = combined(end)
         self.update(status=status, reason=reason, ended=time.time())
 
-    def _keep_start(self, parent: StageReader | None, weights: dict[str, Tensor]) -> None:
+    def _describe(self, weights: dict[str, Any]) -> None:
+        path = f"{self._folder}/{WEIGHTS}"
+        known = self._storage.read_json(path) if self._storage.exists(path) else {"format": FORMAT}
+        self._storage.write_json(path, known | weights)
+
+    def _keep_start(self, link: Link, weights: dict[str, Tensor]) -> None:
         """The start of a child is the end of its parent, stored once, if the parent trained all of its weights too."""
-        if parent is not None and self._trainable <= set(parent.meta["trainable"]):
+        changed = {*link.added, *link.reshaped, *link.merged}
+        parent = StageReader(self._storage, link.parent) if link.parent else None
+        if parent is not None and self._trainable <= set(parent.meta["trainable"]) - changed:
             entry = next(s for s in parent.meta["snapshots"] if s["name"] == "end")
             stored_in = entry.get("stored_in") or [parent.name, "end"]
             self.update(snapshots=[{"name": "start", "step": 0, "stored_in": stored_in}])
@@ -169,23 +200,29 @@ def stage_exists(storage: Storage, name: str) -> StageExistsError:
     )
 
 
-def _open_ledger(storage: Storage, weights: dict[str, Tensor]) -> None:
-    """Create ``ledger.json`` or check that this model belongs to it."""
-    shapes = {name: list(tensor.shape) for name, tensor in sorted(weights.items())}
+def _open_ledger(
+    storage: Storage, start: dict[str, dict[str, Any]], weights: dict[str, Tensor], adapters: Iterable[str]
+) -> Link:
+    """Create ``ledger.json``, or check that this model belongs to it; returns the stage that it continues."""
     if not storage.exists("ledger.json"):
-        version = __version__
-        storage.write_json("ledger.json", {"format": FORMAT, "created_by": version, "parameters": shapes})
-        return
-    check_same_model(Ledger(storage.url), shapes)
+        shapes = {name: entry["shape"] for name, entry in start.items()}
+        storage.write_json("ledger.json", {"format": FORMAT, "created_by": __version__, "parameters": shapes})
+        return Link()
+    ledger = Ledger(storage.url)
+    link = find_link(ledger.stages(), start, weights, adapters)
+    if link.parent is None:
+        check_same_model(ledger, start)
+    return link
 
 
-def check_same_model(ledger: Ledger, shapes: dict[str, list[int]]) -> None:
-    """A model belongs to a ledger if they share parameters, and no shared parameter changed its shape.
+def check_same_model(ledger: Ledger, described: dict[str, dict[str, Any]]) -> None:
+    """Weights that continue no stage belong to a ledger if they share names, and no shared one changed its shape.
 
     Raises:
         ModelMismatchError: otherwise.
     """
     recorded: dict[str, list[int]] = ledger.meta["parameters"]
+    shapes = {name: entry["shape"] for name, entry in described.items()}
     shared = recorded.keys() & shapes.keys()
     changed = [f"{n}: recorded {recorded[n]}, now {shapes[n]}" for n in sorted(shared) if recorded[n] != shapes[n]]
     if shared and not changed:
@@ -196,8 +233,3 @@ def check_same_model(ledger: Ledger, shapes: dict[str, list[int]]) -> None:
         cause="the ledger's path is shared by two projects, or the model was re-configured.",
         fix="use a new ledger directory for this model, or pass the model that was recorded.",
     )
-
-
-def _stage_ending_with(storage: Storage, weights: str) -> StageReader | None:
-    ended = [s for s in Ledger(storage.url).stages() if s.meta["weights"].get("end") == weights]
-    return max(ended, key=lambda stage: stage.meta["began"]) if ended else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer_attrib.ledger.links import Link
 from trainer_attrib.ledger.reader import Ledger, StageReader
 
 
@@ -38,6 +39,8 @@ def _stage(stage: StageReader) -> dict[str, Any]:
     return {
         "name": stage.name,
         "parent": stage.parent,
+        "link": Link.of(meta).to_dict(),
+        "link_changes": Link.of(meta).changes,
         "status": meta["status"],
         "reason": meta["reason"],
         "steps": stage.count("steps"),
@@ -64,6 +67,7 @@ def _facts(stage: dict[str, Any]) -> str:
     ]
     if stage["processes"] > 1:
         facts.append(f"{stage['processes']} processes")
+    facts += [stage["link_changes"]] if stage["link_changes"] else []
     return ", ".join(facts)
 
 

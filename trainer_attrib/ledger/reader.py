@@ -18,6 +18,7 @@ from trainer_attrib.ledger.ranks import merge_steps
 from trainer_attrib.ledger.schema import (
     EXAMPLES,
     STEPS,
+    WEIGHTS,
     check_format,
     check_names,
     check_stage_name,
@@ -46,8 +47,18 @@ class StageReader:
 
     @property
     def parent(self) -> str | None:
-        """Name of the stage that this one continued, found by the hash of its starting weights."""
+        """Name of the stage that this one continued, found by its starting weights."""
         return self.meta["parent"]
+
+    def weights_at(self, when: str) -> dict[str, dict[str, Any]]:
+        """Shape and hash of every weight at the ``"start"`` or ``"end"``, or of those that merging the adapters of the
+        end would change (``"merged"``, with sampled values). Empty where that was not recorded."""
+        path = f"{self._folder}/{WEIGHTS}"
+        if not self._storage.exists(path):
+            return {}
+        found = self._storage.read_json(path)
+        check_format(found, self._storage.path(path))
+        return found.get(when, {})
 
     @property
     def width(self) -> int:
@@ -243,22 +254,25 @@ class Ledger:
         ordered = sorted(found.values(), key=lambda stage: (self._depth(stage, found), stage.meta["began"]))
         return ordered
 
+    def ended(self) -> list[StageReader]:
+        """The stages whose weights at the end are known."""
+        return [stage for stage in self.stages() if stage.meta["weights"].get("end")]
+
     def lineage(self, weights: str | None = None) -> list[StageReader]:
         """Stages that led to the weights with this hash, first to last; without a hash, to the stage begun last.
 
         Raises:
             StageNotFoundError: no stage ended with these weights.
         """
-        stages = {stage.name: stage for stage in self.stages()}
-        ended = [s for s in stages.values() if s.meta["weights"].get("end")]
-        matches = [s for s in ended if weights in (None, s.meta["weights"]["end"])]
+        matches = [s for s in self.ended() if weights in (None, s.meta["weights"]["end"])]
         if not matches:
-            raise StageNotFoundError(
-                f"No stage of {self.storage.url} ended with these weights; finished stages: {[s.name for s in ended]}.",
-                cause="the model was trained further, saved in another precision, or is not the recorded one.",
-                fix="load the weights with which the last recorded stage ended.",
-            )
-        chain = [max(matches, key=lambda s: s.meta["began"])]
+            raise no_stage_ended_with(self)
+        return self.ancestry(max(matches, key=lambda s: s.meta["began"]).name)
+
+    def ancestry(self, name: str) -> list[StageReader]:
+        """The stages that led to a stage, first to last, itself included."""
+        stages = {stage.name: stage for stage in self.stages()}
+        chain = [stages[name]]
         while (parent := chain[-1].parent) is not None:
             chain.append(stages[parent])
         return chain[::-1]
@@ -276,3 +290,13 @@ class Ledger:
             seen.add(stage.name)
             depth += 1
         return depth
+
+
+def no_stage_ended_with(ledger: Ledger, reason: str = "") -> StageNotFoundError:
+    """The error for weights that no stage ended with."""
+    finished = [stage.name for stage in ledger.ended()]
+    return StageNotFoundError(
+        f"No stage of {ledger.storage.url} ended with these weights; finished stages: {finished}.",
+        cause=reason or "the model was trained further, saved in another precision, or is not the recorded one.",
+        fix="load the weights with which the last recorded stage ended.",
+    )

@@ -13,6 +13,7 @@ import pyarrow as pa
 from trainer_attrib.errors import ConfigurationError, LedgerFormatError
 
 FORMAT = 1
+WEIGHTS = "weights.json"  # shapes and fingerprints of every weight at a stage's start and end
 
 ROWS = pa.schema(
     [

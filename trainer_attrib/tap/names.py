@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+_TUNER_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
 _HELD_IN = {  # class (or a base class of it) -> the child that it wraps
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
@@ -26,7 +27,7 @@ _HELD_IN = {  # class (or a base class of it) -> the child that it wraps
     "peft.peft_model.PeftModel": "base_model",
     "peft.mixed_model.PeftMixedModel": "base_model",
     "peft.tuners.tuners_utils.BaseTuner": "model",
-    "peft.tuners.tuners_utils.BaseTunerLayer": "base_layer",
+    _TUNER_LAYER: "base_layer",
     "peft.utils.other.TrainableTokensWrapper": "token_adapter",
 }
 _COPIES = "peft.utils.other.AuxiliaryTrainingWrapper"  # trains a copy of a module instead of the module
@@ -34,7 +35,7 @@ _COPY = "modules_to_save"
 _ADAPTS = {  # whose other children are adapters
     "peft.peft_model.PeftModel",
     "peft.mixed_model.PeftMixedModel",
-    "peft.tuners.tuners_utils.BaseTunerLayer",
+    _TUNER_LAYER,
     _COPIES,
 }
 
@@ -87,6 +88,11 @@ def adapter_weights(model: nn.Module) -> set[str]:
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module; where a wrapper and what it wraps share a name, what is wrapped."""
     return {named.name: named.module for named in walk(model)}
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether this is a layer of PEFT's that holds a layer of the bare model and its adapters."""
+    return _TUNER_LAYER in _kinds(module)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
