@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -27,5 +28,12 @@ class FollowingJournal(StageJournal):
         ]
         return len(self.meta["versions"])
 
-    def end(self, status: str, reason: str, step: int, weights: dict[str, Tensor] | None) -> None:
+    def end(
+        self,
+        status: str,
+        reason: str,
+        step: int,
+        weights: dict[str, Tensor] | None,
+        merged: Iterable[tuple[str, Tensor]] = (),
+    ) -> None:
         """Nothing: process 0 closes the stage."""
