@@ -113,6 +113,29 @@ def test_recording_and_analysing_load_no_framework():
     assert not loaded & FRAMEWORKS
 
 
+def test_recording_and_analysing_load_little_beside_torch():
+    """What is loaded is what importing costs; benchmarks/import_cost.py measures it."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import trainer_attrib as ta; "
+        "ta.Recorder, ta.Analyzer, ta.Behavior, ta.Ledger; print(*(set(sys.modules) - before))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.split())
+    packages = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
+    packages = {name for name in packages if "cython" not in name}  # the runtime that compiled modules share
+    assert packages <= {"trainer_attrib", "numpy", "pyarrow", "safetensors", "fsspec", "tqdm"}
+    assert not loaded & {
+        "pyarrow.dataset",
+        "pyarrow.compute",
+        "pyarrow.flight",
+        "pyarrow.csv",
+        "pyarrow.json",
+        "asyncio",
+    }
+    stores = {name for name in loaded if name.startswith("fsspec.implementations.")}
+    assert stores <= {"fsspec.implementations.local"}  # others when a URL asks for them
+
+
 @pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
