@@ -1,6 +1,6 @@
 """What importing costs: CPU time of `import torch` with and without recorder and analyzer, in new processes in turn.
 
-The packages that recording may load beside torch are pinned by `tests/test_architecture.py`; this measures them: user and
+The packages that recording may load beside torch are pinned by `tests/test_architecture.py`; measured are user and
 system time of the import statements alone, files in the page cache, the least of all rounds, since noise only adds.
 """
 
