@@ -23,7 +23,37 @@ class Layout(StrEnum):
 
     ROWS = "rows"  # row i is example i
     PAIRS = "pairs"  # rows i and i + n/2 are the chosen and the rejected side of example i (TRL's concatenated forward)
+    TRIPLES = "triples"  # rows i, i + n/3 and i + 2n/3: chosen, rejected and a reference answer
+    SEGMENTS = "segments"  # a row may hold several examples, each counted by ``position_ids`` from its own start
     ONE = "one"  # every row of every forward belongs to one example (a query)
+
+    @property
+    def sides(self) -> int:
+        """How many rows of a concatenated forward pass belong to one example."""
+        return {Layout.PAIRS: 2, Layout.TRIPLES: 3}.get(self, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossForm:
+    """How a training loss is made of examples, and so what a row of the ledger stands for.
+
+    Args:
+        layout: which rows of a forward pass form one example.
+        unit: what one example is, for people: ``"document"``, ``"pair"``, ...
+        weighted: the loss weights each example by something of its own (an advantage, a preference margin), so that its
+            denominator is not to be read off the gradient of the logits.
+        per_token: it sums over target tokens and divides by the trainer's count of them (``num_items_in_batch``).
+        coupled: reasons why an example's gradient depends on the other examples of its batch. Rows still add up to the
+            batch's gradient, but they are not what the examples would give on their own.
+        remarks: anything else to say before the first step.
+    """
+
+    layout: Layout = Layout.ROWS
+    unit: str = "example"
+    weighted: bool = False
+    per_token: bool = False
+    coupled: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,16 +15,16 @@ from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.recorder import Recorder
 from trainer_attrib.errors import ConfigurationError, MissingExtraError
 from trainer_attrib.ledger.journal import check_place, has_stage
-from trainer_attrib.types import Layout, SketchConfig
+from trainer_attrib.types import LossForm, SketchConfig
 
 try:
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise MissingExtraError("transformers", "huggingface") from error
 
+from trainer_attrib_integrations.loss_forms import loss_form
 from trainer_attrib_integrations.riding_ids import RidingIds
 
-_PAIRED = {"DPOTrainer"}  # trainers whose forward pass concatenates the chosen and the rejected side
 _TEXT_LIMIT = 2000
 
 
@@ -67,6 +67,7 @@ class AttributionCallback(TrainerCallback):
         self._recorder: Recorder | None = None
         self._ids: RidingIds | None = None
         self._trainer: Trainer | None = None
+        self._loss = LossForm()
         self._replaced: dict[str, Any] = {}  # a training step that someone else had put on the trainer
 
     def close(self) -> None:
@@ -89,6 +90,7 @@ class AttributionCallback(TrainerCallback):
         self._stop("training was started again")
         self._attempts += 1
         self._trainer = _calling_trainer(self)
+        self._loss = LossForm() if self._trainer is None else loss_form(self._trainer)
         stage = self._stage if self._attempts == 1 else f"{self._stage}.{self._attempts}"
         tokenizer = kwargs.get("processing_class")
         self._recorder = Recorder(
@@ -98,7 +100,7 @@ class AttributionCallback(TrainerCallback):
             optimizer=kwargs["optimizer"],
             total_steps=state.max_steps,
             describe=_decoder(tokenizer) if hasattr(tokenizer, "batch_decode") else None,
-            layout=_layout(self._trainer),
+            loss=self._loss,
             facts=_facts(args, self._trainer),
             **self._options,
         ).start(after_step=state.global_step if has_stage(self._ledger, stage) else 0)
@@ -140,14 +142,15 @@ class AttributionCallback(TrainerCallback):
         self._trainer.training_step = self._naming(self._trainer.training_step)
 
     def _naming(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
-        recorder = self._recorder
+        recorder, per_token = self._recorder, self._loss.per_token
         assert recorder is not None
 
         @functools.wraps(training_step)
         def named_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             ids, sources = RidingIds.take(inputs)
+            count = (args[0] if args else kwargs.get("num_items_in_batch")) if per_token else None
             try:
-                with recorder.batch(ids, sources=sources):
+                with recorder.batch(ids, sources=sources, denominator=count, if_they_fit=True):
                     loss = training_step(model, inputs, *args, **kwargs)
             except BaseException as error:
                 self._stop(f"{type(error).__name__}: {error}")
@@ -219,11 +222,6 @@ def _columns(dataset: Any, id_column: str, source_column: str) -> tuple[Sequence
     if not isinstance(names, list) or id_column not in names:
         return None
     return list(dataset[id_column]), list(dataset[source_column]) if source_column in names else None
-
-
-def _layout(trainer: Trainer | None) -> Layout:
-    classes = {base.__name__ for base in type(trainer).__mro__}
-    return Layout.PAIRS if classes & _PAIRED else Layout.ROWS
 
 
 def _facts(args: Any, trainer: Trainer | None) -> dict[str, Any]:

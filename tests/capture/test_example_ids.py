@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_attrib.capture.example_ids import hash_rows, id_strings, pair_hashes
+from trainer_attrib.capture.example_ids import hash_rows, id_strings, side_hashes
 
 PAD = 0
 GOLDEN = ["59593ca8c3a7e4a7", "df2101c240f243c6"]
@@ -61,7 +61,7 @@ def test_order_length_and_labels_are_part_of_the_content() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]])
     assert len(set(id_strings(hash_rows(tokens, mask)))) == 4
     same = torch.tensor([[1, 2, 3], [1, 2, 3]])
-    labels = torch.tensor([[1, 2, 3], [-100, 2, 3]])
+    labels = torch.tensor([[1, 2, 3], [1, -100, 3]])
     assert len(set(id_strings(hash_rows(same, None, labels)))) == 2
     assert len(set(id_strings(hash_rows(same, None, torch.tensor([0, 1]))))) == 2
     assert len(set(id_strings(hash_rows(same)))) == 1
@@ -77,9 +77,9 @@ def test_inputs_of_any_kind_can_be_hashed() -> None:
 
 def test_pairs_see_both_sides_and_their_order() -> None:
     hashes = hash_rows(torch.tensor([[1], [2], [3], [4]]))
-    (first, second) = pair_hashes(hashes).tolist()
+    (first, second) = side_hashes(hashes, 2).tolist()
     assert first != second
-    assert pair_hashes(hashes[[2, 0]]).item() != pair_hashes(hashes[[0, 2]]).item() == first
+    assert side_hashes(hashes[[2, 0]], 2).item() != side_hashes(hashes[[0, 2]], 2).item() == first
 
 
 def test_ids_are_the_same_in_every_process_and_version() -> None:

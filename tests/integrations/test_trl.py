@@ -1,167 +1,129 @@
-"""TRL's trainers: fused heads that never fire, pairs that share a forward pass, completions that alone count."""
+"""TRL's supervised trainer, one example per row: what is counted, named and divided, against autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 trl = pytest.importorskip("trl")
 
 from datasets import Dataset  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from tests.support import support  # noqa: E402
-from trainer_attrib.integrations.huggingface import AttributionCallback  # noqa: E402
-from trainer_attrib.ledger.reader import Ledger, StageReader  # noqa: E402
-from trainer_attrib.tap.plan import SketchPlan  # noqa: E402
-from trainer_attrib.tap.projections import Projections  # noqa: E402
-from trainer_attrib.testing.oracle import example_gradients, project_gradient  # noqa: E402
-from trainer_attrib.types import SketchConfig  # noqa: E402
 
-WORDS = [f"w{i}" for i in range(25)]
-SKETCH = SketchConfig(rank=4, dtype="float32", correction="none")
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] + ' ' }}{% else %}"
+    "{% generation %}{{ message['content'] + ' ' + eos_token }}{% endgeneration %}{{ ' ' }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, no download."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>", unk_token="<unk>"
-    )
+def sft(settings: Callable, trained: Callable, tokenizer: Any) -> Callable[..., Any]:
+    """Trains a model on rows by the SFTTrainer."""
 
+    def run(model: Any, rows: list[dict[str, Any]], **changes: Any) -> Any:
+        return trained(
+            lambda callbacks: trl.SFTTrainer(
+                model, args=trl.SFTConfig(**settings(**changes)), train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer, callbacks=callbacks,
+            ),
+        )  # fmt: skip
 
-def _text(random: np.random.Generator, longest: int) -> str:
-    return " ".join(random.choice(WORDS, random.integers(2, longest + 1)))
+    return run
 
 
 @pytest.fixture
-def pairs() -> list[dict[str, str]]:
-    random = np.random.default_rng(0)
-    return [
-        {"id": f"pair-{i}", "source": "made", "prompt": _text(random, 5), "chosen": " " + _text(random, 6),
-         "rejected": " " + _text(random, 6)}
-        for i in range(6)
-    ]  # fmt: skip
+def completions(words: Callable) -> list[dict[str, str]]:
+    """Six prompts with completions of their own length."""
+    return [{"id": f"row-{i}", "source": "made", "prompt": words(5), "completion": " " + words(6)} for i in range(6)]
 
 
-def _settings(tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    defaults = {
-        "output_dir": str(tmp_path / "output"), "max_steps": 1, "per_device_train_batch_size": 3, "report_to": [],
-        "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", "use_cpu": True, "bf16": False,
-        "disable_tqdm": True, "max_length": 32, "gradient_checkpointing": False, "max_grad_norm": 0.1,
-    }  # fmt: skip
-    return defaults | changes
-
-
-def _sketches(stage: StageReader) -> tuple[list[dict[str, Any]], torch.Tensor]:
-    (block,) = stage.rows()
-    table = block.table.to_pylist()
-    return table, torch.from_numpy(np.array(block.sketches)) * torch.tensor([row["norm"] for row in table])[:, None]
-
-
-def _expected(trainer: Any, model: Any, stage: StageReader, loss_of: Callable[[Any], torch.Tensor]) -> Any:
-    """Projected gradient of one row's loss by id, and the columns of the weights that are captured in full."""
-    plan = SketchPlan.from_dict(stage.meta["plan"])
-    projections = Projections(plan, model)
-    keep = torch.ones(plan.width, dtype=torch.bool)
-    for weight in plan.weights:
-        keep[weight.span] = weight.name not in stage.meta["coverage"]["partial"]
-    exact = {}
-    for i, name in enumerate(trainer.train_dataset["id"]):
-        columns = [c for c in trainer.train_dataset.column_names if c not in ("id", "source")]
-        batch = trainer.data_collator([trainer.train_dataset.select_columns(columns)[i]])
-        gradients = example_gradients(model, lambda batch=batch: loss_of(batch)[None])[0]
-        exact[name] = project_gradient(plan, projections, gradients)
-    return exact, keep
-
-
-@support("TRL", "DPOTrainer, reference model given")
-def test_a_preference_row_is_the_gradient_of_its_pairs_loss(
-    tmp_path: Path, tiny_gpt2: Callable, tokenizer: Any, pairs: list[dict[str, str]], close: Callable
-) -> None:
-    """The loss sees pairs, the forward pass their two sides, the tied weight two paths of which one is hidden."""
-    model, reference = tiny_gpt2(0), tiny_gpt2(1)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-    callback = AttributionCallback(tmp_path / "ledger", stage="dpo", strict=True, sketch=SKETCH)
-    arguments = trl.DPOConfig(**_settings(tmp_path, beta=0.5))
-    trainer = trl.DPOTrainer(
-        model, reference, args=arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer,
-        callbacks=[callback],
-    )  # fmt: skip
-    trainer.train()
-    stage = Ledger(tmp_path / "ledger").stage("dpo")
-    coverage = stage.meta["coverage"]
-    assert "lm_head" in coverage["silent"]
-    assert set(coverage["partial"]) == {"transformer.wte.weight", "transformer.wpe.weight"}
-    assert "residual" in coverage["partial"]["transformer.wte.weight"]
-    table, found = _sketches(stage)
-    assert sorted(row["example"] for row in table) == [pair["id"] for pair in pairs]
-    assert {(row["denominator"], row["denominator_source"]) for row in table} == {(6.0, "assumed mean")}
-    assert stage.steps()["audit_residual"][0].as_py() < 1e-4
-
-    model.load_state_dict(initial, strict=False)
-    model.train()
-    exact, keep = _expected(trainer, model, stage, lambda batch: trainer.compute_loss(model, batch))
-    for row, sketch in zip(table, found, strict=True):
-        close(sketch[keep], exact[row["example"]][keep], relative=1e-4)
-    assert not found[:, ~keep].any()
-
-
-@support("TRL", "DPOTrainer, reference model given")
-def test_preference_texts_show_both_sides(
-    tmp_path: Path, tiny_gpt2: Callable, tokenizer: Any, pairs: list[dict[str, str]]
-) -> None:
-    callback = AttributionCallback(tmp_path / "ledger", stage="dpo", strict=True)
-    trainer = trl.DPOTrainer(
-        tiny_gpt2(0), tiny_gpt2(1), args=trl.DPOConfig(**_settings(tmp_path)), train_dataset=Dataset.from_list(pairs),
-        processing_class=tokenizer, callbacks=[callback],
-    )  # fmt: skip
-    trainer.train()
-    texts = {row["example"]: row["text"] for row in Ledger(tmp_path / "ledger").stage("dpo").examples().to_pylist()}
-    for pair in pairs:
-        chosen, rejected = texts[pair["id"]].split("\n— preferred to —\n")
-        assert chosen.split() == (pair["prompt"] + pair["chosen"]).split()
-        assert rejected.split() == (pair["prompt"] + pair["rejected"]).split()
+def _tokens(row: dict[str, str], tokenizer: Any) -> tuple[list[int], int]:
+    """Tokens of prompt and completion, and where the completion starts."""
+    tokens = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+    return tokens, len(row["prompt"].split())
 
 
 @support("TRL", "SFTTrainer, completion-only loss")
-def test_a_completion_row_counts_completion_tokens_only(
-    tmp_path: Path, tiny_gpt2: Callable, tokenizer: Any, pairs: list[dict[str, str]], close: Callable
+@pytest.mark.parametrize("only", [True, False], ids=["completions", "whole texts"])
+def test_a_row_is_the_gradient_of_the_tokens_that_count(
+    only: bool, completions: list[dict[str, str]], sft: Callable, tiny_gpt2: Callable, tokenizer: Any, close: Callable
 ) -> None:
-    """Ids from the column; the denominator is that of the whole accumulated batch, measured from the fused head."""
-    rows = [{"id": p["id"], "source": "made", "prompt": p["prompt"], "completion": p["chosen"]} for p in pairs]
-    model = tiny_gpt2(0)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-    callback = AttributionCallback(tmp_path / "ledger", stage="sft", strict=True, sketch=SKETCH)
-    arguments = trl.SFTConfig(**_settings(tmp_path, completion_only_loss=True))
-    trainer = trl.SFTTrainer(
-        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[callback]
-    )
-    trainer.train()
-    stage = Ledger(tmp_path / "ledger").stage("sft")
-    table, found = _sketches(stage)
-    completions = {row["id"]: len(row["completion"].split()) + 1 for row in rows}  # and the end token
-    assert sorted(row["example"] for row in table) == sorted(completions)
-    assert {row["example"]: row["tokens"] for row in table} == completions
-    assert {row["denominator_source"] for row in table} == {"measured"}
-    assert [row["denominator"] for row in table] == pytest.approx([sum(completions.values())] * 6, rel=1e-4)
-    assert {row["source"] for row in stage.examples().to_pylist()} == {"made"}
+    """Ids from the column. The denominator is that of the whole accumulated batch, measured from the fused head:
+    ``Trainer`` counts the first tokens of whole texts too where the model is a GPT-2, which predicts none of them.
+    """
+    run = sft(tiny_gpt2(0), completions, completion_only_loss=only, per_device_train_batch_size=3)
+    rows = {row["id"]: _tokens(row, tokenizer) for row in completions}
+    counts = {name: len(tokens) - (start if only else 1) for name, (tokens, start) in rows.items()}
+    assert sorted(row["example"] for row in run.table) == sorted(rows)
+    assert {row["example"]: row["tokens"] for row in run.table} == counts
+    assert {row["denominator_source"] for row in run.table} == {"measured"}
+    counted = sum(counts.values()) + (0 if only else len(rows))
+    assert [row["denominator"] for row in run.table] == pytest.approx([counted] * 6, rel=1e-4)
+    assert {row["source"] for row in run.stage.examples().to_pylist()} == {"made"}
+    for row, sketch in zip(run.table, run.sketches, strict=True):
+        tokens, start = rows[row["example"]]
+        assert run.texts[row["example"]] == tokenizer.decode(tokens, skip_special_tokens=True)
+        close(sketch, run.gradient(lambda t=tokens, s=start: -run.likelihood(t, s if only else 1)), relative=1e-4)
 
-    model.load_state_dict(initial, strict=False)
-    model.train()
 
-    def summed_loss(batch: Any) -> torch.Tensor:
-        return trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(1))
+@support("TRL", "SFTTrainer, assistant-only loss")
+def test_only_the_assistants_turns_count(
+    words: Callable, sft: Callable, tiny_llama: Callable, tokenizer: Any, close: Callable
+) -> None:
+    tokenizer.chat_template = TEMPLATE
+    turns = [[("user", words(4)), ("assistant", words(4))] * (1 + i % 2) for i in range(4)]
+    rows = [{"id": str(i), "messages": [{"role": r, "content": c} for r, c in t]} for i, t in enumerate(turns)]
+    run = sft(tiny_llama(), rows, assistant_only_loss=True)
+    for row, sketch in zip(run.table, run.sketches, strict=True):
+        tokens: list[int] = []
+        labels: list[int] = []
+        for role, content in turns[int(row["example"])]:
+            turn = tokenizer(content)["input_ids"] + [tokenizer.eos_token_id] * (role == "assistant")
+            tokens += turn
+            labels += turn if role == "assistant" else [-100] * len(turn)
+        assert row["tokens"] == sum(label != -100 for label in labels)
 
-    exact, keep = _expected(trainer, model, stage, summed_loss)
-    for row, sketch in zip(table, found, strict=True):
-        close(sketch[keep], exact[row["example"]][keep], relative=1e-4)
+        def loss(tokens: list[int] = tokens, labels: list[int] = labels) -> torch.Tensor:
+            logits = run.model(input_ids=torch.tensor([tokens])).logits[0, :-1]
+            return F.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum")
+
+        close(sketch, run.gradient(loss), relative=1e-5)
+
+
+def _smoothed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="sum")
+
+
+def _dft(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Wu et al. 2025, equation 9: each token weighted by its own probability, as a constant."""
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (losses * (-losses).exp().detach()).sum()
+
+
+@support("TRL", "SFTTrainer, loss_type dft and label smoothing")
+@pytest.mark.parametrize(
+    ("changes", "loss"),
+    [({"label_smoothing_factor": 0.2}, _smoothed), ({"loss_type": "dft"}, _dft)],
+    ids=["smoothed", "dft"],
+)
+def test_a_loss_that_cannot_be_measured_is_divided_by_the_trainers_count(
+    changes: dict[str, Any], loss: Callable, completions: list[dict[str, str]], sft: Callable, tiny_llama: Callable,
+    tokenizer: Any, close: Callable,
+) -> None:  # fmt: skip
+    run = sft(tiny_llama(), completions, completion_only_loss=True, **changes)
+    rows = {row["id"]: _tokens(row, tokenizer) for row in completions}
+    total = sum(len(tokens) - start for tokens, start in (rows[row["example"]] for row in run.table))
+    assert {(row["denominator"], row["denominator_source"]) for row in run.table} == {(total, "given")}
+    for row, sketch in zip(run.table, run.sketches, strict=True):
+        tokens, start = rows[row["example"]]
+
+        def own_loss(tokens: list[int] = tokens, start: int = start) -> torch.Tensor:
+            logits = run.model(input_ids=torch.tensor([tokens])).logits
+            return loss(logits[0, start - 1 : -1], torch.tensor(tokens[start:]))
+
+        close(sketch, run.gradient(own_loss), relative=1e-5)

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer_attrib.capture.denominator import DenominatorProbe, count_targets
-from trainer_attrib.capture.example_ids import hash_rows, pair_hashes
-from trainer_attrib.capture.window import Known, MicroBatch
+from trainer_attrib.capture.example_ids import IGNORED, hash_rows, side_hashes
+from trainer_attrib.capture.messages import logger
+from trainer_attrib.capture.window import Known, MicroBatch, ids_given
+from trainer_attrib.errors import CaptureError
 from trainer_attrib.tap.module_tap import ModuleTap, Unwatched
-from trainer_attrib.types import Layout
+from trainer_attrib.tap.segments import Segments
+from trainer_attrib.types import Layout, LossForm
 
 _CONTENT = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
@@ -28,7 +31,7 @@ class BatchWatch:
     Args:
         model: its forward is watched, and the outputs of its direct submodules where the batch was handed over.
         tap: what records.
-        layout: which rows of a forward pass form one example.
+        loss: how the loss is made of examples.
         texts: whether inputs are kept for their text.
         wanted: whether the current step is captured.
         add: takes each opened micro-batch.
@@ -39,19 +42,20 @@ class BatchWatch:
         self,
         model: nn.Module,
         tap: ModuleTap,
-        layout: Layout,
+        loss: LossForm,
         *,
         texts: bool,
         wanted: Callable[[], bool],
         add: Callable[[MicroBatch], None],
         attempt: Callable[[Callable[[], object]], None],
     ) -> None:
-        self._model, self._tap, self._layout, self._texts = model, tap, layout, texts
+        self._model, self._tap, self._loss, self._texts = model, tap, loss, texts
         self._wanted, self._add, self._attempt = wanted, add, attempt
         self._known: Known | None = None  # set inside a block
         self._content: Any = None  # the batch that the block was given
         self._whole: MicroBatch | None = None  # what takes every forward pass of the block
         self._newest: MicroBatch | None = None
+        self._misfit = False  # ids that did not fit were reported
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -88,7 +92,8 @@ class BatchWatch:
         if self._whole is None:
             self._whole = self._open(*_tensors(self._content))
         else:
-            record = self._tap.open(self._whole.record.rows, self._whole.record.layout)
+            record = self._whole.record
+            record = self._tap.open(record.rows, record.layout, record.segments)
             self._whole = self._newest = replace(self._whole, record=record, probe=None)
             self._add(self._whole)
 
@@ -103,19 +108,33 @@ class BatchWatch:
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch | None:
         known = self._known or Known()
         keep = self._texts and known.texts is None
-        micro = open_micro_batch(self._tap, args, kwargs, known, self._layout, keep_inputs=keep)
+        micro = open_micro_batch(self._tap, args, kwargs, known, self._loss.layout, keep_inputs=keep)
         if micro is None:
             self._tap.record = None
         else:
+            micro.known = self._fitting(micro)
             self._newest = micro
             self._add(micro)
         return micro
+
+    def _fitting(self, micro: MicroBatch) -> Known:
+        """What is known, without names of the data set's rows that are not the examples of this forward pass."""
+        known, given = micro.known, ids_given(micro.known)
+        if not known.if_they_fit or given is None or given == micro.record.examples:
+            return known
+        if not self._misfit:
+            self._misfit = True
+            logger.warning(
+                "the data set names %d rows per batch and the forward pass has %d examples; these are named by their "
+                "content", given, micro.record.examples,
+            )  # fmt: skip
+        return replace(known, ids=None, sources=None)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         micro = self._newest
         if micro is None or self._tap.record is not micro.record or not torch.is_grad_enabled():
             return
-        if module is self._model or self._whole is not None:
+        if not self._loss.weighted and (module is self._model or self._whole is not None):
             labels = kwargs["labels"] if "labels" in kwargs else _tensors(self._content)[1].get("labels")
             self._attempt(lambda: watch_output(micro, labels, output))
 
@@ -123,25 +142,51 @@ class BatchWatch:
 def open_micro_batch(
     tap: ModuleTap, args: tuple[Any, ...], kwargs: dict[str, Any], known: Known, layout: Layout, *, keep_inputs: bool
 ) -> MicroBatch | None:
-    """Start recording a forward pass called with these arguments; None if they hold no batch."""
+    """Start recording a forward pass called with these arguments; None if they hold no batch.
+
+    Raises:
+        CaptureError: the rows do not divide into examples as the layout says.
+    """
     content = batch_content(args, kwargs)
+    if content is None:  # a trainer that calls its loss through the model's forward hands over the batch itself
+        args, kwargs = _tensors((args, kwargs))
+        content = batch_content(args, kwargs)
     if content is None or content.shape[0] == 0:
         return None
-    if known.ids is not None and content.shape[0] == 2 * len(known.ids):
-        layout = Layout.PAIRS  # the caller counts examples, the forward pass their two sides
-    mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-    mask = mask if isinstance(mask, Tensor) and mask.shape == content.shape else None
+    rows, segments = content.shape[0], None
+    mask, labels = _like(content, kwargs.get("attention_mask")), kwargs.get("labels")
+    if layout is Layout.SEGMENTS and isinstance(positions := kwargs.get("position_ids"), Tensor):
+        segments = Segments.of(positions.expand(rows, -1) if positions.dim() == 2 else positions, ids_given(known))
+        labels = None if (by_token := _like(content, labels)) is None else _documents(segments, by_token)
+        content, mask = segments.padded(content)
+    if rows % layout.sides:
+        raise CaptureError(
+            f"A forward pass of {rows} rows does not divide into {layout.value}.",
+            cause="this trainer does not concatenate the sides of its examples.",
+            fix="leave the callback out, or report the trainer.",
+        )
     hashes = hash_rows(content, mask, labels if isinstance(labels, Tensor) else None)
     text = keep_inputs and content.dim() == 2 and not content.is_floating_point()
     return MicroBatch(
-        record=tap.open(content.shape[0], layout),
+        record=tap.open(rows, layout, segments),
         known=known,
-        hashes=pair_hashes(hashes) if layout is Layout.PAIRS else hashes,
+        hashes=side_hashes(hashes, layout.sides),
         tokens=count_targets(labels),
         inputs=content.detach().clone() if text else None,
         mask=mask.detach().clone() if text and mask is not None else None,
         declared=kwargs.get("num_items_in_batch"),
     )
+
+
+def _like(content: Tensor, other: Any) -> Tensor | None:
+    """The other one, if it has a value for each of the content's."""
+    return other if isinstance(other, Tensor) and other.shape == content.shape else None
+
+
+def _documents(segments: Segments, labels: Tensor) -> Tensor:
+    """Labels by document, [N, L]."""
+    padded, mask = segments.padded(labels)
+    return padded.masked_fill(~mask, IGNORED)
 
 
 def batch_content(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -168,10 +213,13 @@ def _tensors(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
                 collect(inner)
 
     collect(batch)
+    if "prompt_ids" in named and "completion_ids" in named:  # TRL's rollouts, before their two parts are joined
+        for whole, part in (("input_ids", "ids"), ("attention_mask", "mask")):
+            named[whole] = torch.cat([named[f"prompt_{part}"], named[f"completion_{part}"]], dim=1)
     return tuple(sorted(found, key=Tensor.numel, reverse=True)), named
 
 
 def watch_output(micro_batch: MicroBatch, labels: Any, output: Any) -> None:
     """Attach the denominator probe to what a forward pass returned, unless an earlier one of the batch has it."""
-    if micro_batch.record.layout is Layout.ROWS and micro_batch.probe is None:
+    if micro_batch.record.layout.sides == 1 and micro_batch.probe is None:
         micro_batch.probe = DenominatorProbe.watch(output, labels)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label that every Hugging Face loss skips
+from trainer_attrib.capture.example_ids import IGNORED
 
 
 class DenominatorProbe:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IGNORED = -100  # the label that every Hugging Face loss skips
 _MULTIPLIERS: dict[tuple[int, torch.device], Tensor] = {}
 _INPUT_STREAM, _LABEL_STREAM = 1, 2
 
@@ -22,7 +23,8 @@ def hash_rows(tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None 
     Args:
         tokens: [B, ...]; floating values are hashed by their bits.
         mask: [B, S], nonzero where a token is not padding.
-        labels: [B, S], part of the identity because the loss depends on them.
+        labels: [B, S], part of the identity because the loss depends on them; a first label that repeats its own token
+            is not, as no causal loss has it for a target and packing masks it.
 
     Returns:
         int64 [B].
@@ -34,16 +36,20 @@ def hash_rows(tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None 
     position = (keep.long().cumsum(1) - 1).clamp_min(0)
     hashed = _mix(_weighted(values, position, keep, _INPUT_STREAM) + keep.sum(1))
     if labels is not None and labels.shape == values.shape:
-        hashed = _mix(hashed + _weighted(_as_integers(labels), position, keep, _LABEL_STREAM))
+        targets = _as_integers(labels)
+        targets = torch.where((position == 0) & (targets == values), IGNORED, targets)
+        hashed = _mix(hashed + _weighted(targets, position, keep, _LABEL_STREAM))
     elif labels is not None and labels.shape[0] == values.shape[0]:
         hashed = _mix(hashed ^ hash_rows(labels))
     return hashed
 
 
-def pair_hashes(hashes: Tensor) -> Tensor:
-    """Hash of each (row i, row i + n/2) pair of a concatenated batch."""
-    first, second = hashes.chunk(2)
-    return _mix(first + 31 * second)
+def side_hashes(hashes: Tensor, sides: int) -> Tensor:
+    """Hash of each example of a concatenated batch, rows i, i + n/sides, ...; with one side the rows' own."""
+    first, *others = hashes.chunk(sides)
+    for other in others:
+        first = _mix(first + 31 * other)
+    return first
 
 
 def id_strings(hashes: Tensor) -> list[str]:

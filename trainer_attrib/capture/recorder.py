@@ -11,6 +11,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from trainer_attrib.capture.batch import BatchWatch
+from trainer_attrib.capture.loss_facts import loss_facts
 from trainer_attrib.capture.messages import logger, show_messages
 from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.open_stage import Recording, open_stage
@@ -24,7 +25,7 @@ from trainer_attrib.tap.adapters import merged_weights
 from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.plan import plan_sketch
 from trainer_attrib.tap.projections import Projections
-from trainer_attrib.types import Layout, SketchConfig
+from trainer_attrib.types import LossForm, SketchConfig
 
 
 class Recorder:
@@ -51,7 +52,7 @@ class Recorder:
         strict: raise capture faults instead of going on without capture.
         total_steps: optimizer steps of this stage, if known.
         describe: token rows -> texts, to store what each example says; see :data:`capture.window.Describe`.
-        layout: which rows of a forward pass form one example.
+        loss: how the loss is made of examples: which rows of a forward pass form one, whether they are coupled.
         facts: anything else to keep in ``stage.json`` (loss, settings), JSON-ready.
 
     Raises:
@@ -71,10 +72,10 @@ class Recorder:
         strict: bool = False,
         total_steps: int | None = None,
         describe: Describe | None = None,
-        layout: Layout = Layout.ROWS,
+        loss: LossForm | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
-        storage, sketch = check_place(ledger, stage), sketch or SketchConfig()
+        storage, sketch, loss = check_place(ledger, stage), sketch or SketchConfig(), loss or LossForm()
         self._strict = strict
         optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         self._optimizer_taps = [
@@ -84,12 +85,21 @@ class Recorder:
         raw = Projections(plan, model)
         self._tap = ModuleTap(model, plan, raw, self._fault)
         self._stage = Recording(
-            storage, stage, model, plan, sketch, raw, self._tap, Processes.current(), describe, dict(facts or {})
+            storage,
+            stage,
+            model,
+            plan,
+            sketch,
+            raw,
+            self._tap,
+            Processes.current(),
+            describe,
+            loss_facts(loss, model) | (facts or {}),
         )
         self._snapshot_steps = snapshot_steps(snapshots, total_steps)
         self._window = Window()
         self._batches = BatchWatch(
-            model, self._tap, layout, texts=describe is not None, wanted=self._captures, add=self._add,
+            model, self._tap, loss, texts=describe is not None, wanted=self._captures, add=self._add,
             attempt=self.attempt,
         )  # fmt: skip
         self._open = self._running = False
@@ -152,6 +162,7 @@ class Recorder:
         texts: Sequence[str] | None = None,
         denominator: float | None = None,
         content: Any = None,
+        if_they_fit: bool = False,
     ) -> AbstractContextManager[None]:
         """Name the examples of the forward passes inside the block.
 
@@ -162,9 +173,10 @@ class Recorder:
             denominator: by how much the loss divides each example's own loss, where it cannot be measured.
             content: the batch itself, a tensor or any nesting of dicts and lists of them. Give it where the forward
                 pass does not go through ``model(...)`` but through its submodules, or several times.
+            if_they_fit: name the examples by content where ids do not fit their number; otherwise that is a fault.
         """
         kept = ids.detach().clone() if isinstance(ids, Tensor) else ids  # the loop may reuse its buffer
-        return self._batches.block(Known(kept, sources, texts, denominator), content)
+        return self._batches.block(Known(kept, sources, texts, denominator, if_they_fit), content)
 
     def note_loss(self, loss: Any) -> None:
         """Add a micro-batch's loss, as backpropagated, to the current step's."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer_attrib.capture.loss_facts import loss_lines
 from trainer_attrib.capture.moment_readers import correction_unavailable
 from trainer_attrib.capture.optimizer_tap import describe_optimizer, group_settings
 from trainer_attrib.ledger.links import Link
@@ -67,7 +68,7 @@ def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: di
     ]
     if meta["correction_unavailable"]:
         lines.append(f"stage '{stage}': correction unavailable: {meta['correction_unavailable']}")
-    return lines
+    return lines + [f"stage '{stage}': {line}" for line in loss_lines(meta)]
 
 
 def flop_share(plan: SketchPlan) -> float:

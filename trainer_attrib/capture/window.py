@@ -26,6 +26,9 @@ Names = Sequence[Any] | Tensor
 """One name per example: strings, integers or a tensor of integers, which is read on the writer's thread."""
 
 
+_BETWEEN = ("", "\n— preferred to —\n", "\n— reference answer —\n")  # before the text of each side of an example
+
+
 @dataclass(frozen=True)
 class Known:
     """What the caller knows of a micro-batch's examples; whatever is None is derived from the batch itself."""
@@ -34,6 +37,12 @@ class Known:
     sources: Names | None = None
     texts: Sequence[str] | None = None
     denominator: float | None = None
+    if_they_fit: bool = False  # ids and sources are of data rows, which need not be the forward pass's examples
+
+
+def ids_given(known: Known) -> int | None:
+    """How many ids the caller gave, if any."""
+    return None if known.ids is None else known.ids.numel() if isinstance(known.ids, Tensor) else len(known.ids)
 
 
 @dataclass
@@ -114,7 +123,7 @@ class RowMaker:
         sketches = micro.record.sketches if len(kept) == len(ids) else micro.record.sketches[kept]
         unit, norms = unit_rows(sketches if keep is None else sketches * keep)
         denominator, source = measured_denominator(micro, window)
-        tokens = None if micro.tokens is None else _per_example(micro.tokens, micro.record.examples).tolist()
+        tokens = None if micro.tokens is None else _per_example(micro).tolist()
         shared = {
             "step": step["step"],
             "rank": self.rank,
@@ -148,10 +157,10 @@ class RowMaker:
             return [micro.known.texts[row] for row in rows]
         if self.describe is None or micro.inputs is None:
             return [None] * len(rows)
-        sides = [[row + k * micro.record.examples for row in rows] for k in range(_rows_each(micro))]
+        sides = [[row + k * micro.record.examples for row in rows] for k in range(micro.record.layout.sides)]
         mask = micro.mask
         described = [self.describe(micro.inputs[side], None if mask is None else mask[side]) for side in sides]
-        return ["\n— preferred to —\n".join(parts) for parts in zip(*described, strict=True)]
+        return ["".join(map("".join, zip(_BETWEEN, parts, strict=False))) for parts in zip(*described, strict=True)]
 
 
 def measured_denominator(micro: MicroBatch, window: int) -> tuple[float, str]:
@@ -177,7 +186,8 @@ def _ids(micro: MicroBatch) -> list[str]:
     if len(ids) != micro.record.examples:
         raise ConfigurationError(
             f"{len(ids)} ids were given for {micro.record.examples} examples.",
-            fix="give one id per example, or none.",
+            fix="give one id per example, or none; where a forward pass concatenates two sides of an example, say so: "
+            "Recorder(..., loss=LossForm(layout=Layout.PAIRS)).",
         )
     return ids
 
@@ -186,9 +196,6 @@ def _strings(names: Names) -> list[str]:
     return [str(name) for name in (names.reshape(-1).tolist() if isinstance(names, Tensor) else names)]
 
 
-def _rows_each(micro: MicroBatch) -> int:
-    return max(1, micro.record.rows // micro.record.examples)
-
-
-def _per_example(per_row: Tensor, examples: int) -> Tensor:
-    return per_row.reshape(-1, examples).sum(0)
+def _per_example(micro: MicroBatch) -> Tensor:
+    assert micro.tokens is not None
+    return micro.tokens.reshape(micro.record.layout.sides, micro.record.examples).sum(0)

@@ -21,10 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from trainer_attrib.errors import UnsupportedLayerError
 from trainer_attrib.numerics.sketching import sketch_examples
-from trainer_attrib.tap.layers import Rule, rule_for
+from trainer_attrib.tap.layers import LayerRule, Rule, rule_for
 from trainer_attrib.tap.names import modules_by_name, parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 from trainer_attrib.tap.projections import Projections
+from trainer_attrib.tap.segments import Segments
 from trainer_attrib.types import Layout
 
 
@@ -51,11 +52,21 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class Record:
-    """The sketches of one forward pass, filled during its backward pass."""
+    """The sketches of one forward pass, filled during its backward pass.
 
-    def __init__(self, rows: int, layout: Layout, plan: SketchPlan, like: Tensor) -> None:
-        self.rows, self.layout = rows, layout
-        self.examples = {Layout.ROWS: rows, Layout.PAIRS: rows // 2, Layout.ONE: 1}[layout]
+    Args:
+        rows: of the forward pass.
+        layout: which of them form one example.
+        plan: the weights of a sketch.
+        like: a tensor with the sketches' device and dtype.
+        segments: the documents in the rows, for ``Layout.SEGMENTS``.
+    """
+
+    def __init__(
+        self, rows: int, layout: Layout, plan: SketchPlan, like: Tensor, segments: Segments | None = None
+    ) -> None:
+        self.rows, self.layout, self.segments = rows, layout, segments
+        self.examples = len(segments) if segments is not None else 1 if layout is Layout.ONE else rows // layout.sides
         self._plan, self._like = plan, like
         self._parts: dict[str, Tensor] = {}
         self.forwards: Counter[str] = Counter()
@@ -66,9 +77,13 @@ class Record:
         """Add one layer call's contribution, rows folded into examples."""
         if self.layout is Layout.ONE:
             left_BSK, right_BSK = left_BSK.reshape(1, -1, weight.left), right_BSK.reshape(1, -1, weight.right)
-        sketch_BK = sketch_examples(left_BSK, right_BSK).flatten(1)
-        if self.layout is Layout.PAIRS:
-            sketch_BK = sketch_BK[: self.examples] + sketch_BK[self.examples :]
+        if self.segments is not None:
+            sketch_BKK = self.segments.sketch(left_BSK.flatten(0, 1), right_BSK.flatten(0, 1))
+        else:
+            sketch_BKK = sketch_examples(left_BSK, right_BSK)
+        sketch_BK = sketch_BKK.flatten(1)
+        if self.layout.sides > 1:
+            sketch_BK = sketch_BK.unflatten(0, (self.layout.sides, self.examples)).sum(0)
         known = self._parts.get(weight.name)
         self._parts[weight.name] = sketch_BK if known is None else known + sketch_BK
 
@@ -81,6 +96,21 @@ class Record:
         self._parts = {name: part for name, part in self._parts.items() if name not in names}
         self.backwards = Counter({name: count for name, count in self.backwards.items() if name not in modules})
         return taken
+
+    def why_not(self, rule: Rule, x: Tensor, output: Tensor) -> str:
+        """Why a layer call cannot be told apart by example, or ``""``."""
+        if self.layout is Layout.ONE:
+            return ""
+        if self.segments is not None:
+            by_token = isinstance(rule, LayerRule) and rule.channels == -1
+            if by_token and output.shape[:-1].numel() == self.segments.tokens:
+                return ""
+            return "it does not act token by token, and a row holds several documents"
+        if output.shape[0] != self.rows:
+            return f"output {tuple(output.shape)} does not start with the batch ({self.rows})"
+        if self.rows > 1 and _counts_positions(x):
+            return "its input counts positions, the same for every example"
+        return ""
 
     @property
     def sketches(self) -> Tensor:
@@ -132,11 +162,11 @@ class ModuleTap:
         """Names of the modules that are expected to fire."""
         return tuple(site.name for site in self._sites)
 
-    def open(self, rows: int, layout: Layout) -> Record:
+    def open(self, rows: int, layout: Layout, segments: Segments | None = None) -> Record:
         """Start a new record for a forward pass over ``rows`` rows and make it current."""
         like = self.projections[self.plan.weights[0].name].left
         self._overlapping = self.record is not None and not self.record.backwards
-        self.record = Record(rows, layout, self.plan, like)
+        self.record = Record(rows, layout, self.plan, like, segments)
         return self.record
 
     def attach(self) -> ModuleTap:
@@ -171,11 +201,8 @@ class ModuleTap:
 
     def _watch(self, site: _Site, record: Record, x: Tensor, output: Tensor, recomputed: bool) -> None:
         """Project the input now (holding it would defeat checkpointing) and hook the output's gradient."""
-        if record.layout is not Layout.ONE and output.shape[0] != record.rows:
-            record.skipped[site.name] = f"output {tuple(output.shape)} does not start with the batch ({record.rows})"
-            return
-        if record.layout is not Layout.ONE and record.rows > 1 and _counts_positions(x):
-            record.skipped[site.name] = "its input counts positions, the same for every example"
+        if why := record.why_not(site.rule, x, output):
+            record.skipped[site.name] = why
             return
         if recomputed and self._overlapping:
             record.skipped[site.name] = "reentrant checkpointing, with several forward passes before one backward pass"
