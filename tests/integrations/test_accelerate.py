@@ -10,11 +10,13 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from tests.support import support
 from trainer_attrib import Ledger
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
 
 
+@support("Training loops", "a plain loop with accelerate, accumulating gradients")
 def test_the_example_finds_the_wrong_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLE))["main"](str(tmp_path))
     assert int(capsys.readouterr().out.splitlines()[-1].split()[0]) >= 8  # of 10; 30 of all 600 are wrong

@@ -28,6 +28,7 @@ pytest.importorskip("lightning")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from tests.support import support
 from trainer_attrib import Ledger
 from trainer_attrib.ledger.reader import StageReader
 
@@ -174,7 +175,15 @@ def logged(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("script", "examples"),
-    [(TRL_SCRIPTS["sft"], 12), (TRL_SCRIPTS["dpo"], 12), (RUN_CLM, 10)],
+    [
+        pytest.param(
+            TRL_SCRIPTS["sft"], 12, marks=support("Training loops", "TRL's own script sft.py, one line added")
+        ),
+        pytest.param(
+            TRL_SCRIPTS["dpo"], 12, marks=support("Training loops", "TRL's own script dpo.py, one line added")
+        ),
+        (RUN_CLM, 10),
+    ],
     ids=lambda value: value.place.rsplit("/")[-1] if isinstance(value, Script) else "",
 )
 def test_scripts_for_the_hugging_face_trainers(script: Script, examples: int, tmp_path: Path) -> None:
@@ -193,6 +202,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
+@support("Training loops", "Lightning's own LightningTransformer")
 def test_the_language_model_that_lightning_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its attention calls no layer of its own for the inputs' weights: coverage says so, the rest is recorded."""
     import lightning.pytorch as pl
