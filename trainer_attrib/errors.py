@@ -15,6 +15,7 @@
     │   └── UnsupportedLayerError nothing to capture: no trainable module of a known layer type
     └── AnalysisError
         ├── BehaviorError         a behavior that cannot be measured
+        ├── NotComparableError    a stage trained weights that cannot be expressed in the model's
         └── MissingProgramError   a method needs to run a stage again and was not told how
 
 Each message says what was found, why, and what to do next.
@@ -95,6 +96,10 @@ class AnalysisError(TrainerAttribError):
 
 class BehaviorError(AnalysisError):
     """A behavior that cannot be measured."""
+
+
+class NotComparableError(AnalysisError):
+    """A stage trained weights that cannot be expressed in the model's."""
 
 
 class MissingProgramError(AnalysisError):

@@ -7,64 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 
 peft = pytest.importorskip("peft")
 
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
-
-from trainer_attrib.integrations.huggingface import AttributionCallback  # noqa: E402
+from tests.analysis.adapted import TARGET_WEIGHTS, adapted, adapters_of, llama, merged, record  # noqa: E402
 from trainer_attrib.ledger.links import Link  # noqa: E402
 from trainer_attrib.ledger.reader import Ledger  # noqa: E402
 from trainer_attrib.tap.names import parameters_by_name  # noqa: E402
-from trainer_attrib.types import SketchConfig  # noqa: E402
-
-TARGETS = ["q_proj", "down_proj"]
-TARGET_WEIGHTS = tuple(
-    sorted(f"model.layers.{i}.{name}.weight" for i in range(2) for name in ("self_attn.q_proj", "mlp.down_proj"))
-)
-
-
-def llama(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 29, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
 
 
 @pytest.fixture
-def fit(tmp_path: Path, pad_collator: Callable, token_rows: Callable) -> Callable[..., Any]:
+def fit(tmp_path: Path) -> Callable[..., Any]:
     """Trains a model as a recorded stage of one ledger and returns it."""
-
-    def run(model: Any, stage: str, seed: int = 0, **settings: Any) -> Any:
-        defaults = {
-            "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-2, "save_strategy": "no",
-            "report_to": [], "disable_tqdm": True, "use_cpu": True, "output_dir": str(tmp_path / "output"),
-        }  # fmt: skip
-        sketch = SketchConfig(rank=4, dtype="float32", correction="none")
-        callback = AttributionCallback(tmp_path / "ledger", stage=stage, strict=True, sketch=sketch)
-        rows = datasets.Dataset.from_list([{"id": f"{stage}-{i}", **r} for i, r in enumerate(token_rows(8, seed))])
-        arguments = TrainingArguments(**{**defaults, **settings})
-        Trainer(model, arguments, train_dataset=rows, data_collator=pad_collator(), callbacks=[callback]).train()
-        return model
-
-    return run
+    return lambda model, stage, seed=0, **settings: record(model, tmp_path, stage, seed, **settings)
 
 
 @pytest.fixture
 def link(tmp_path: Path) -> Callable[[str], Link]:
     return lambda stage: Link.of(Ledger(tmp_path / "ledger").stage(stage).meta)
-
-
-def adapted(model: Any, **settings: Any) -> Any:
-    kind = getattr(peft, settings.pop("kind", "LoraConfig"))
-    return peft.get_peft_model(model, kind(**{"target_modules": TARGETS, **settings}))
-
-
-def adapters_of(*names: str) -> tuple[str, ...]:
-    layers = [name.removesuffix(".weight") for name in TARGET_WEIGHTS]
-    return tuple(sorted(f"{layer}.lora_{side}.{name}.weight" for layer in layers for side in "AB" for name in names))
 
 
 @pytest.mark.parametrize("rank", [2, 4], ids=["same rank", "other rank"])
@@ -89,10 +51,7 @@ def test_pretrain_adapter_merge_and_another_adapter(
     assert (found.parent, found.kind, found.merged) == ("sft", "merged", TARGET_WEIGHTS)
     assert found.added == found.removed == adapters_of("default")  # a new adapter under the old one's name
 
-    model = model.merge_and_unload()
-    for p in model.parameters():
-        p.requires_grad_(True)
-    fit(model, "further")
+    fit(merged(model), "further")
     found = link("further")
     assert (found.parent, found.kind, found.merged) == ("dpo", "merged", TARGET_WEIGHTS)
     assert found.removed == adapters_of("default")
@@ -117,10 +76,7 @@ def test_a_merged_adapter_is_recognized_whatever_its_method(
     """From a base that was never recorded."""
     model = fit(adapted(llama(), **settings), "sft", learning_rate=0.1)
     assert link("sft").parent is None
-    merged = model.merge_and_unload()
-    for p in merged.parameters():
-        p.requires_grad_(True)
-    fit(merged, "full")
+    fit(merged(model), "full")
     assert (link("full").parent, link("full").kind) == ("sft", "merged")
 
 
@@ -157,10 +113,7 @@ def test_a_discarded_adapter_is_not_the_parent(fit: Callable, link: Callable) ->
     model = fit(adapted(model), "first")
     model = fit(adapted(model.unload()), "second")
     assert link("first").parent == link("second").parent == "pretrain"
-    model = model.unload()
-    for p in model.parameters():
-        p.requires_grad_(True)
-    fit(model, "further")
+    fit(model.unload().requires_grad_(True), "further")
     assert link("further") == Link("pretrain", "same")
 
 
@@ -174,5 +127,4 @@ def test_a_trained_copy_of_the_head_goes_on_from_the_head(fit: Callable, link: C
     start, end = stage.snapshot("start")["lm_head.weight"], stage.snapshot("end")["lm_head.weight"]
     assert torch.equal(start, Ledger(tmp_path / "ledger").stage("pretrain").snapshot("end")["lm_head.weight"])
     assert not torch.equal(start, end)
-    merged = model.merge_and_unload()
-    assert torch.equal(merged.lm_head.weight, end)
+    assert torch.equal(merged(model).lm_head.weight, end)

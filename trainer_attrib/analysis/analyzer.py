@@ -14,6 +14,7 @@ from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.results import Influence, StageEffects
 from trainer_attrib.analysis.retraining import Closure, Program, check_programs, closure
 from trainer_attrib.analysis.stage_view import ledger_blocks
+from trainer_attrib.analysis.timeline import Timeline
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.journal import check_same_model
 from trainer_attrib.ledger.links import describe_weights, find_link
@@ -23,7 +24,7 @@ from trainer_attrib.tap.names import adapter_weights, parameters_by_name
 
 
 class Analyzer:
-    """Answers from a ledger about a model that stands at the end of one of its stages.
+    """Answers from a ledger about a model that stands at the end of one of its stages, its adapters merged or not.
 
     Args:
         ledger: directory or URL that the callbacks recorded to.
@@ -44,6 +45,7 @@ class Analyzer:
             check_same_model(self.ledger, described)
             raise no_stage_ended_with(self.ledger, self.link.reason)
         self.lineage: list[StageReader] = self.ledger.ancestry(self.link.parent)
+        self._timeline = Timeline(model, self.lineage, self.link)
 
     def stage_effects(
         self,
@@ -64,7 +66,7 @@ class Analyzer:
             MissingProgramError: a method needs a program that is not given.
         """
         methods = [method] if isinstance(method, str) else list(method)
-        lineage = effects.Lineage(self.model, self.lineage, list(behaviors), programs)
+        lineage = effects.Lineage(self.model, self.lineage, self._timeline, list(behaviors), programs)
         return effects.stage_effects(lineage, methods)
 
     def influence(
@@ -79,6 +81,7 @@ class Analyzer:
 
         Raises:
             ConfigurationError: an unknown recipe, or a stage that is not in the model's lineage.
+            NotComparableError: a stage none of whose sketched weights the model has (its adapter was merged since).
         """
         chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
         unknown = set(stages or ()) - {stage.name for stage in chosen}
@@ -96,7 +99,8 @@ class Analyzer:
             MissingProgramError: a stage has no program.
         """
         check_programs(self.lineage, programs)
-        return closure(self.model, self.lineage[0].snapshot("start"), self.lineage, programs)
+        self._timeline.check_trainable(self.lineage)
+        return closure(self.model, self._timeline.at(self.lineage[0], "start"), self.lineage, programs)
 
     def report(self, path: str | os.PathLike[str], *results: StageEffects | Influence, title: str = "") -> Path:
         """Write the ledger's stages and the given results as one self-contained HTML file; returns its path."""

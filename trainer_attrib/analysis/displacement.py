@@ -37,11 +37,6 @@ def moved(model: nn.Module, displacement: Displacement) -> Iterator[nn.Module]:
         yield model
 
 
-def stage_change(stage: StageReader, start: dict[str, Tensor], end: dict[str, Tensor]) -> Displacement:
-    """What the stage's updates did to the weights: end minus start."""
-    return {name: end[name].double() - start[name].double() for name in stage.meta["trainable"]}
-
-
 def surviving_share(stages: list[StageReader], name: str) -> float:
     """By how much the weight decay of later stages shrank what an earlier stage had added to one parameter.
 

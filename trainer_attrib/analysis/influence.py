@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.behavior import Behavior
-from trainer_attrib.analysis.query_sketches import sketch_queries
+from trainer_attrib.analysis.query_sketches import kept_columns, missing_weights, sketch_queries
 from trainer_attrib.analysis.results import Influence, InfluenceExamples
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import RowBlock, StageReader
 from trainer_attrib.numerics.scores import grad_cos, grad_dot
+from trainer_attrib.numerics.sketching import unit_rows
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 RECIPES: dict[str, Score] = {"grad_cos": grad_cos, "grad_dot": grad_dot}
@@ -62,6 +63,7 @@ def influence(model: nn.Module, stages: Sequence[StageReader], behaviors: Sequen
 
     Raises:
         ConfigurationError: an unknown recipe.
+        NotComparableError: the model has none of the weights of a stage's rows.
     """
     if recipe not in RECIPES:
         raise ConfigurationError(f"Unknown recipe {recipe!r}.", fix=f"use one of {sorted(RECIPES)}.")
@@ -76,6 +78,8 @@ def influence(model: nn.Module, stages: Sequence[StageReader], behaviors: Sequen
             caveats.append(
                 f"stage '{stage.name}': {totals.raw} rows are raw (no second moments yet) and were scored as such"
             )
+        if gone := missing_weights(model, stage):
+            caveats.append(f"stage '{stage.name}': {len(gone)} weights that the model no longer has are left out")
         caveats += _stage_caveats(stage)
     return Influence(
         behaviors=tuple(b.name for b in behaviors for _ in range(len(b))),
@@ -90,7 +94,7 @@ def influence(model: nn.Module, stages: Sequence[StageReader], behaviors: Sequen
 def _score_stage(
     model: nn.Module, stage: StageReader, behaviors: Sequence[Behavior], recipe: str, queries: int
 ) -> _Totals:
-    totals, sketched = _Totals(queries), {}
+    totals, sketched, keep = _Totals(queries), {}, kept_columns(model, stage)
     mixes_scales = bool(stage.meta["versions"]) and recipe not in _SCALE_FREE
     for block in tqdm(stage.rows(), desc=f"scoring {stage.name}", total=len(stage.parts()), leave=False, disable=None):
         versions = block.table["version"].to_numpy()
@@ -106,14 +110,19 @@ def _score_stage(
             if version not in sketched:
                 sketched[version] = sketch_queries(model, stage, int(version), behaviors)
             if len(rows):
-                _score_rows(totals, block, rows, sketched[version], RECIPES[recipe])
+                _score_rows(totals, block, rows, sketched[version], keep, RECIPES[recipe])
     return totals
 
 
-def _score_rows(totals: _Totals, block: RowBlock, rows: np.ndarray, queries_QK: Tensor, score: Score) -> None:
+def _score_rows(
+    totals: _Totals, block: RowBlock, rows: np.ndarray, queries_QK: Tensor, keep_K: Tensor, score: Score
+) -> None:
     table = block.table.take(rows)
     unit_NK = torch.from_numpy(np.array(block.sketches[rows], dtype=np.float32))
     norms_N = torch.from_numpy(np.array(table["norm"].to_numpy(), dtype=np.float32))
+    if not keep_K.all():
+        unit_NK, kept_N = unit_rows(unit_NK * keep_K)
+        norms_N = norms_N * kept_N
     scores_QN = score(queries_QK, unit_NK, norms_N).double().numpy()
     totals.add(table["example"].to_pylist(), table["step"].to_numpy(), scores_QN)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer_attrib.analysis.behavior import Behavior, evaluating
-from trainer_attrib.errors import AnalysisError
+from trainer_attrib.errors import AnalysisError, NotComparableError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.names import parameters_by_name
@@ -22,23 +22,54 @@ def sketch_queries(model: nn.Module, stage: StageReader, version: int, behaviors
     """Sketches of the gradients of every query of every behavior at the model's current weights.
 
     They are scaled by the second moments of one version, and columns that the stage's rows leave out are zero, so that
-    they can be compared with that version's rows and with no others.
+    they can be compared with that version's rows and with no others. So are the columns of weights that the model does
+    not have (:func:`missing_weights`).
 
     Returns:
         float32 [Q, width] on the CPU, Q counted over all behaviors in order.
+
+    Raises:
+        NotComparableError: the model has none of the weights.
     """
-    plan = SketchPlan.from_dict(stage.meta["plan"])
+    whole = SketchPlan.from_dict(stage.meta["plan"])
+    plan = whole.of_weights(_names(whole) - _missing(model, whole, stage))
     projections = Projections(plan, model, stage.factors(version), version)
     tap = ModuleTap(model, plan, projections, _raise)
     weights = [parameters_by_name(model)[weight.name] for weight in plan.weights]
-    keep = _kept_columns(plan, stage)
     with evaluating(model), _trainable(weights):
         tap.attach()
         try:
             rows = [_sketch(tap, model, weights, b, q) for b in behaviors for q in range(len(b))]
         finally:
             tap.detach()
-    return torch.stack(rows) * keep
+    sketched = torch.zeros(len(rows), whole.width)
+    for weight, part in zip((w for w in whole.weights if w.name in _names(plan)), plan.weights, strict=True):
+        sketched[:, weight.span] = torch.stack(rows)[:, part.span]
+    return sketched * kept_columns(model, stage)
+
+
+def missing_weights(model: nn.Module, stage: StageReader) -> list[str]:
+    """The weights of a stage's rows that the model does not have, or has in another shape.
+
+    Raises:
+        NotComparableError: all of them.
+    """
+    return sorted(_missing(model, SketchPlan.from_dict(stage.meta["plan"]), stage))
+
+
+def _missing(model: nn.Module, plan: SketchPlan, stage: StageReader) -> set[str]:
+    shapes = {name: list(p.shape) for name, p in parameters_by_name(model).items()}
+    then = {name: entry["shape"] for name, entry in stage.weights_at("start").items()}
+    fits = {w.name for w in plan.weights if w.name in shapes and shapes[w.name] == then.get(w.name, shapes[w.name])}
+    missing = _names(plan) - fits
+    if len(missing) == len(plan.weights):
+        raise NotComparableError(
+            f"The rows of stage '{stage.name}' are gradients of {len(missing)} weights that this model does not have "
+            f"({', '.join(sorted(missing)[:3])}{', ...' if len(missing) > 3 else ''}).",
+            cause="its adapter was merged into the model, or the layers were replaced.",
+            fix="analyze the model as it was at the end of that stage, with its adapter, or choose other `stages`.",
+        )
+    return missing
 
 
 def _sketch(tap: ModuleTap, model: nn.Module, weights: list[nn.Parameter], behavior: Behavior, query: int) -> Tensor:
@@ -55,13 +86,19 @@ def _sketch(tap: ModuleTap, model: nn.Module, weights: list[nn.Parameter], behav
     return record.sketches[0].float().cpu()
 
 
-def _kept_columns(plan: SketchPlan, stage: StageReader) -> Tensor:
+def kept_columns(model: nn.Module, stage: StageReader) -> Tensor:
+    """1 for the columns of a stage's rows that are compared with the model's gradients, 0 for the others: [width]."""
+    plan = SketchPlan.from_dict(stage.meta["plan"])
     keep = torch.ones(plan.width)
-    partial = (stage.meta["coverage"] or {}).get("partial", {})
+    left_out = {*(stage.meta["coverage"] or {}).get("partial", {}), *_missing(model, plan, stage)}
     for weight in plan.weights:
-        if weight.name in partial:
+        if weight.name in left_out:
             keep[weight.span] = 0
     return keep
+
+
+def _names(plan: SketchPlan) -> set[str]:
+    return {weight.name for weight in plan.weights}
 
 
 @contextmanager

@@ -94,8 +94,15 @@ def _weights_after(
         trained = _copy(model)
         with weights_set_to(trained, start):
             for stage in stages:
+                _train_only(trained, set(stage.meta["trainable"]))
                 _run(programs[stage.name](trained))
                 yield {n: p.detach().cpu().clone() for n, p in parameters_by_name(trained).items()}
+
+
+def _train_only(model: nn.Module, names: set[str]) -> None:
+    """What a stage froze, and adapters that came later, must not train."""
+    for name, parameter in parameters_by_name(model).items():
+        parameter.requires_grad_(name in names)
 
 
 def _run(prepared: Any) -> None:

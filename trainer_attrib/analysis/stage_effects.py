@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer_attrib.analysis.behavior import Behavior
-from trainer_attrib.analysis.displacement import moved, stage_change, subtracted, weights_set_to
+from trainer_attrib.analysis.displacement import moved, subtracted, weights_set_to
 from trainer_attrib.analysis.results import RELIABLE, Effect, StageEffects
 from trainer_attrib.analysis.retraining import Program, check_programs, retrain
+from trainer_attrib.analysis.timeline import Timeline
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader
 
@@ -22,6 +23,7 @@ class Lineage:
 
     model: nn.Module
     stages: Sequence[StageReader]
+    timeline: Timeline
     behaviors: Sequence[Behavior]
     programs: Mapping[str, Program] | None
 
@@ -49,7 +51,7 @@ def change(lineage: Lineage, stage: StageReader) -> _Estimate:
 
     It answers another question than the skip effect: later stages may undo, keep or amplify what happened here.
     """
-    ends, starts = (lineage.measure(stage.snapshot(at)) for at in ("end", "start"))
+    ends, starts = (lineage.measure(lineage.timeline.at(stage, when)) for when in ("end", "start"))
     effects = [end - start for end, start in zip(ends, starts, strict=True)]
     return _Estimate(effects, [0 * e for e in effects], "recorded weights", 0)
 
@@ -62,10 +64,10 @@ def subtract(lineage: Lineage, stage: StageReader) -> _Estimate:
     stage's own change and its own size (measured on the demo: smaller bars miss the truth more often than not).
     """
     later = lineage.later(stage)
-    removal = subtracted(stage_change(stage, stage.snapshot("start"), stage.snapshot("end")), later)
-    final = lineage.measure({})
     if not later:
         return change(lineage, stage)
+    removal = subtracted(lineage.timeline.change(stage), later)
+    final = lineage.measure({})
     with moved(lineage.model, removal):
         without = lineage.measure({})
     effects = [f - w for f, w in zip(final, without, strict=True)]
@@ -81,7 +83,8 @@ def retrained(lineage: Lineage, stage: StageReader) -> _Estimate:
     ``Analyzer.closure`` checks. Cost: optimizer steps run again.
     """
     later = lineage.later(stage)
-    weights = retrain(lineage.model, stage.snapshot("start"), later, lineage.programs or {})
+    lineage.timeline.check_trainable(later)
+    weights = retrain(lineage.model, lineage.timeline.at(stage, "start"), later, lineage.programs or {})
     effects = [f - w for f, w in zip(lineage.measure({}), lineage.measure(weights), strict=True)]
     return _Estimate(effects, [0 * e for e in effects], "retrained weights", sum(s.count("steps") for s in later))
 
@@ -109,6 +112,7 @@ def stage_effects(lineage: Lineage, methods: Sequence[str]) -> StageEffects:
     Raises:
         ConfigurationError: an unknown method.
         MissingProgramError: ``retrain`` without the programs of all later stages.
+        NotComparableError: a stage trained weights that cannot be expressed in the model's.
     """
     unknown = [method for method in methods if method not in (*METHODS, "auto")]
     if unknown:
@@ -120,7 +124,8 @@ def stage_effects(lineage: Lineage, methods: Sequence[str]) -> StageEffects:
         for method in methods:
             name, found = automatic(lineage, stage) if method == "auto" else (method, METHODS[method](lineage, stage))
             rows += _rows(lineage, stage, name, found)
-    return StageEffects(tuple(rows), tuple(_caveats({row.method for row in rows})))
+    caveats = [*_caveats({row.method for row in rows}), *lineage.timeline.caveats()]
+    return StageEffects(tuple(rows), tuple(caveats))
 
 
 def _rows(lineage: Lineage, stage: StageReader, method: str, found: _Estimate) -> list[Effect]:

@@ -134,7 +134,7 @@ class _Comparison:
         self.equal = {name for name in shared if then[name]["hash"] == now[name]["hash"]}
         self.merged = {n for n in shared - self.equal if _is_merged(weights[n], now[n], self._could_merge.get(n))}
         # An adapter made after the old one was merged may have its name.
-        anew = adapters & set(stage.meta["adapters"]) & both - self.equal if self.merged else set()
+        anew = adapters & stage.adapters & both - self.equal if self.merged else set()
         self.other = shared - self.equal - self.merged - anew
         self.added, self.removed = now.keys() - both | anew, then.keys() - both | anew
         self.reshaped = both - shared - anew

@@ -61,6 +61,16 @@ class StageReader:
         return found.get(when, {})
 
     @property
+    def adapters(self) -> set[str]:
+        """Names of the weights that belong to adapters, not to the bare model."""
+        return set(self.meta.get("adapters", ()))
+
+    @property
+    def low_rank_updates(self) -> list[dict[str, Any]]:
+        """What LoRA adds to which weight: ``weight += scaling * B @ A``, or its transpose; entries name the weights."""
+        return self.meta.get("low_rank_updates", [])
+
+    @property
     def width(self) -> int:
         """Numbers per example row."""
         return int(self.meta["width"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,6 +58,15 @@ class SketchPlan:
     def width(self) -> int:
         """Numbers per row."""
         return sum(weight.size for weight in self.weights)
+
+    def of_weights(self, names: Container[str]) -> SketchPlan:
+        """The plan of some of the weights, whose columns follow each other anew."""
+        chosen, offset = [], 0
+        for weight in self.weights:
+            if weight.name in names:
+                chosen.append(replace(weight, offset=offset))
+                offset += weight.size
+        return replace(self, weights=tuple(chosen))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
