@@ -221,6 +221,9 @@ def _columns(dataset: Any, id_column: str, source_column: str) -> tuple[Sequence
     names = getattr(dataset, "column_names", None)
     if not isinstance(names, list) or id_column not in names:
         return None
+    if not hasattr(dataset, "__len__"):  # reading a stream's column would read the stream, which may have no end
+        logger.warning("a stream's column '%s' cannot be followed; ids are content hashes", id_column)
+        return None
     return list(dataset[id_column]), list(dataset[source_column]) if source_column in names else None
 
 

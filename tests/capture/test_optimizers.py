@@ -119,6 +119,10 @@ RAW: dict[str, tuple[Make, str]] = {
     ),
     "muon": (lambda p: torch.optim.Muon(p, lr=1e-2), "Muon keeps no second moments: it makes its momentum orthogonal"),
     "lion": (lambda p: _other("lion_pytorch", "Lion")(p, lr=1e-3, weight_decay=0.1), "Lion keeps no second moments"),
+    "adamw-8bit": (
+        lambda p: _other("bitsandbytes.optim", "AdamW8bit")(p, lr=1e-2, min_8bit_size=16),
+        "AdamW8bit keeps its second moments in a packed form",
+    ),
     "adamax": (lambda p: torch.optim.Adamax(p, lr=1e-2), "Adamax is not an optimizer whose state is known"),
     "schedule-free-sgd": (
         lambda p: _other("schedulefree", "SGDScheduleFree")(p, lr=1e-2),
@@ -136,6 +140,7 @@ COMBINATIONS = {
     "schedule-free-loop": "schedule-free AdamW", "sgd": "SGD", "sgd-momentum": "SGD, momentum",
     "sgd-nesterov": "SGD, Nesterov", "muon": "Muon; rows stay raw, with the reason",
     "lion": "Lion; rows stay raw, with the reason", "adamax": "Adamax; rows stay raw, with the reason",
+    "adamw-8bit": "8-bit AdamW of bitsandbytes; rows stay raw, with the reason",
     "schedule-free-sgd": "schedule-free SGD; rows stay raw, with the reason",
 }  # fmt: skip
 

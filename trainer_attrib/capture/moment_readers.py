@@ -163,4 +163,5 @@ _WITHOUT |= {
     "torch.optim.Muon": "it makes its momentum orthogonal",
     "torch.optim._muon.Muon": "it makes its momentum orthogonal",
     "lion_pytorch.lion_pytorch.Lion": "its update is a sign",
+    "bitsandbytes.optim.lion.Lion": "its update is a sign",
 }
