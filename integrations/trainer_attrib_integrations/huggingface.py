@@ -86,7 +86,7 @@ class AttributionCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the stage."""
-        _refuse_several_processes(args)
+        _refuse_replicas(args)
         self._stop("training was started again")
         self._attempts += 1
         self._trainer = _calling_trainer(self)
@@ -206,14 +206,17 @@ def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
     return None
 
 
-def _refuse_several_processes(args: Any) -> None:
-    """Say before the first step what this version cannot record, instead of recording half of it."""
-    if args.world_size > 1 or args.n_gpu > 1:
-        found = f"{args.world_size} processes" if args.world_size > 1 else f"{args.n_gpu} GPUs under nn.DataParallel"
+def _refuse_replicas(args: Any) -> None:
+    """Say before the first step what cannot be recorded: the recorder is handed the model without its wrapper."""
+    if args.n_gpu > 1:
         raise ConfigurationError(
-            f"Training runs on {found}; this version records a single process on a single device.",
-            cause="each replica would see a part of every batch and write the same stage.",
-            fix="set CUDA_VISIBLE_DEVICES to one device, or leave the callback out of this run.",
+            f"Training runs on {args.n_gpu} GPUs under nn.DataParallel, which makes new replicas at every step.",
+            fix="start one process per GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one device.",
+        )
+    if args.deepspeed is not None:
+        raise ConfigurationError(
+            "Training runs under DeepSpeed, whose flat partitions of gradients and optimizer state are not recorded.",
+            fix="train with DDP or FSDP2.",
         )
 
 

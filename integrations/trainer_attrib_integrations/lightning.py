@@ -147,11 +147,6 @@ def _refuse_what_cannot_be_recorded(trainer: Any) -> None:
             cause="the rows of a step must belong to one update, and these optimizers take turns.",
             fix="use one optimizer with several parameter groups, or train without the callback.",
         )
-    if trainer.world_size > 1:
-        raise ConfigurationError(
-            f"Training runs in {trainer.world_size} processes; this version records one.",
-            fix="train with devices=1, or without the callback.",
-        )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise ConfigurationError(
             "precision='16-mixed' scales the losses, and rows would carry a scale that changes from step to step.",

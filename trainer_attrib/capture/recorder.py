@@ -17,6 +17,7 @@ from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.open_stage import Recording, open_stage
 from trainer_attrib.capture.optimizer_tap import OptimizerTap
 from trainer_attrib.capture.processes import Processes
+from trainer_attrib.capture.refusals import refuse_unknown_parallelism
 from trainer_attrib.capture.stage_facts import preflight_lines, snapshot_steps
 from trainer_attrib.capture.step_recorder import StepRecorder
 from trainer_attrib.capture.window import Describe, Known, MicroBatch, Names, Window
@@ -81,6 +82,7 @@ class Recorder:
         self._optimizer_taps = [
             OptimizerTap(each, functools.partial(self._after_step, number)) for number, each in enumerate(optimizers)
         ]
+        refuse_unknown_parallelism(model, [tap.optimizer for tap in self._optimizer_taps])
         plan = plan_sketch(model, sketch)
         raw = Projections(plan, model)
         self._tap = ModuleTap(model, plan, raw, self._fault)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,7 @@ class Storage:
         Raises:
             LedgerNotWritableError: it cannot be done.
         """
-        probe = ".probe"
+        probe = f".probe-{uuid.uuid4().hex}"  # another process of the same training may be checking too
         with self.replacing(probe) as path:
             path.write_bytes(b"")
         self._fs.rm_file(self.path(probe))

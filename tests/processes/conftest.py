@@ -1,0 +1,33 @@
+"""Starts a script in one process or several, as their launchers do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., str]:
+    """Runs ``script *arguments`` in ``processes`` processes; returns what it said. Fails if it fails or hangs."""
+
+    def run(script: Path, *arguments: str | Path, processes: int = 1, fails: bool = False) -> str:
+        launcher = [] if processes == 1 else [
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)
+        ]  # fmt: skip
+        environment = os.environ | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'integrations'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
