@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.support import support
-from trainer_attrib.errors import LedgerNotWritableError, ModelMismatchError, StageExistsError
+from trainer_attrib.errors import ConfigurationError, LedgerNotWritableError, ModelMismatchError, StageExistsError
 from trainer_attrib.integrations.huggingface import AttributionCallback
 from trainer_attrib.ledger.reader import Ledger
 from trainer_attrib.ledger.storage import Storage
@@ -322,21 +323,23 @@ def test_without_transformers_the_error_says_what_to_install() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "n_gpu"),
+    ("found", "message"),
     [
-        pytest.param(2, 1, marks=support("Many processes", "Hugging Face Trainer, several processes", refused=True)),
-        pytest.param(1, 2, marks=support("Many processes", "nn.DataParallel", refused=True)),
+        pytest.param(
+            {"n_gpu": 2}, "2 GPUs under nn.DataParallel",
+            marks=support("Many processes", "nn.DataParallel, transformers.Trainer", refused=True),
+        ),
+        pytest.param(
+            {"deepspeed": "zero.json"}, "runs under DeepSpeed",
+            marks=support("Many processes", "DeepSpeed, transformers.Trainer", refused=True),
+        ),
     ],
-)
-def test_several_processes_are_refused_before_the_first_step(
-    world_size: int, n_gpu: int, setup: Setup, tmp_path: Path
-) -> None:
-    """Half a batch recorded as a whole would be worse than none."""
-    import types
-
+)  # fmt: skip
+def test_replicas_are_refused_before_the_first_step(found: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Neither can run here, so the arguments are made up."""
     callback = AttributionCallback(tmp_path / "ledger", stage="one")
-    args = types.SimpleNamespace(world_size=world_size, n_gpu=n_gpu)
-    with pytest.raises(ValueError, match="single process on a single device"):
+    args = types.SimpleNamespace(**{"n_gpu": 1, "deepspeed": None, **found})
+    with pytest.raises(ConfigurationError, match=message):
         callback.on_train_begin(args, None, None)
     assert not (tmp_path / "ledger" / "stages").exists()
 

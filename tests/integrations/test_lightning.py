@@ -423,11 +423,6 @@ def test_what_cannot_be_recorded_is_refused_before_training(tmp_path: Path, file
     ("found", "message"),
     [
         pytest.param(
-            {"world_size": 2},
-            "2 processes",
-            marks=support("Many processes", "Lightning, several processes", refused=True),
-        ),
-        pytest.param(
             {"precision_plugin": "scaled"},
             "16-mixed",
             marks=support("Precision and compilation", "Lightning, precision='16-mixed'", refused=True),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.processes.conftest import ACCELERATE
 from tests.support import support
 from trainer_attrib.ledger.reader import Ledger, StageReader
 
@@ -106,8 +107,7 @@ def test_a_plain_loop(how: str, launch: Callable, alone: Path, tmp_path: Path) -
                 np.testing.assert_allclose(ours.numpy(), side.numpy(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("fault", ["first", "write", "disk"])
+@pytest.mark.parametrize(("fault", "how"), [("first", "fsdp"), ("write", "fsdp"), ("disk", "ddp")])
 def test_a_fault_in_one_process_ends_no_training(
     fault: str, how: str, launch: Callable, alone: Path, tmp_path: Path
 ) -> None:
@@ -152,9 +152,10 @@ def test_lightning(launch: Callable, tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "two.weights", tmp_path / "one.weights")
 
 
-@support(AREA, "accelerate: Accelerator's loop with accumulate and clipping, 2 processes")
+@support(AREA, "accelerate launch: Accelerator's loop with accumulate and clipping, 2 processes")
 def test_accelerate(launch: Callable, tmp_path: Path) -> None:
     for processes, name in ((1, "one"), (2, "two")):
-        launch(HERE / "train_accelerate.py", tmp_path / name, tmp_path / f"{name}.weights", processes=processes)
+        where = tmp_path / name, tmp_path / f"{name}.weights"
+        launch(HERE / "train_accelerate.py", *where, processes=processes, launcher=ACCELERATE)
     assert_same_recording(stage_of(tmp_path / "two"), stage_of(tmp_path / "one"))
     assert_same_weights(tmp_path / "two.weights", tmp_path / "one.weights")

@@ -51,7 +51,8 @@ def main(ledger: str, weights: str) -> None:
     ]
     trainer = lightning.Trainer(
         accelerator="cpu", devices=size, strategy="ddp" if size > 1 else "auto", max_epochs=1, logger=False,
-        enable_checkpointing=False, use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[AttributionCallback(ledger, stage="one")],
     )  # fmt: skip
     sampler = DistributedSampler(rows, size, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
