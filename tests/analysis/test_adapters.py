@@ -20,6 +20,7 @@ from tests.analysis.adapted import (
     record,
     trainer_of,
 )
+from tests.support import support
 from trainer_attrib import Analyzer
 from trainer_attrib.errors import NotComparableError
 from trainer_attrib.types import SketchConfig
@@ -45,6 +46,7 @@ def same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.0) ->
     torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
+@support("PEFT", "analysis: stage effects, with the adapter or merged")
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}],
                          ids=["lora", "dora", "modules_to_save", "rslora"])  # fmt: skip
 @pytest.mark.parametrize("as_merged", [False, True], ids=["wrapped", "merged"])
@@ -116,6 +118,7 @@ def test_every_stage_of_a_model_that_was_merged_and_trained_on(tmp_path: Path) -
     assert "subtract" in caught.value.fix
 
 
+@support("PEFT", "analysis: stage effects, with the adapter or merged")
 def test_two_adapters_in_turn_on_a_base_that_was_never_recorded(tmp_path: Path) -> None:
     """The usual way: download, adapt, merge, adapt again. The base before the merge follows from the first adapter."""
     model = llama()
@@ -178,6 +181,7 @@ def test_a_new_head_is_taken_as_it_was_added(tmp_path: Path) -> None:
 # ---- influence ------------------------------------------------------------------------------------------------------
 
 
+@support("PEFT", "analysis: influence of an adapter's rows and of rows before it")
 def test_influence_of_an_adapters_rows_and_of_rows_before_it(tmp_path: Path) -> None:
     model = record(llama(), tmp_path, "pretrain")
     model = record(adapted(model), tmp_path, "sft", seed=1)
@@ -188,6 +192,7 @@ def test_influence_of_an_adapters_rows_and_of_rows_before_it(tmp_path: Path) -> 
     assert not any(p.requires_grad for name, p in model.named_parameters() if "lora" not in name)
 
 
+@support("PEFT", "analysis: influence of a merged adapter's rows", refused=True)
 def test_rows_of_a_merged_adapter_need_the_adapter(tmp_path: Path) -> None:
     model = record(llama(), tmp_path, "pretrain")
     model = merged(record(adapted(model), tmp_path, "sft", seed=1))

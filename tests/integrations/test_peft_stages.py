@@ -13,6 +13,7 @@ import torch
 peft = pytest.importorskip("peft")
 
 from tests.analysis.adapted import TARGET_WEIGHTS, adapted, adapters_of, llama, merged, record  # noqa: E402
+from tests.support import support  # noqa: E402
 from trainer_attrib.ledger.links import Link  # noqa: E402
 from trainer_attrib.ledger.reader import Ledger  # noqa: E402
 from trainer_attrib.tap.names import parameters_by_name  # noqa: E402
@@ -29,6 +30,7 @@ def link(tmp_path: Path) -> Callable[[str], Link]:
     return lambda stage: Link.of(Ledger(tmp_path / "ledger").stage(stage).meta)
 
 
+@support("PEFT", "stages: full, adapter added, merged, adapter added again, full")
 @pytest.mark.parametrize("rank", [2, 4], ids=["same rank", "other rank"])
 def test_pretrain_adapter_merge_and_another_adapter(
     rank: int, fit: Callable, link: Callable, caplog, tmp_path: Path
@@ -59,6 +61,7 @@ def test_pretrain_adapter_merge_and_another_adapter(
     assert all(stage.problems() == [] for stage in Ledger(tmp_path / "ledger").stages())
 
 
+@support("PEFT", "stages: merged LoRA, rsLoRA, DoRA, LoRA on embeddings, modules_to_save")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -90,6 +93,7 @@ def test_an_adapter_merged_at_another_strength_is_no_child(fit: Callable, link: 
     assert "neither those at the end of 'sft' nor what merging its adapter gives" in link("more").reason
 
 
+@support("PEFT", "stages: several adapters, one active")
 def test_several_adapters_and_one_active(fit: Callable, link: Callable, tmp_path: Path) -> None:
     """The second begins from the first's end, trains alone, and alone is merged."""
     model = fit(adapted(llama()), "one")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support import support
 from trainer_attrib.errors import ModelMismatchError
 from trainer_attrib.ledger.links import Link, describe_merged, describe_weights, find_link
 from trainer_attrib.ledger.overview import overview, tree_lines
@@ -30,6 +31,7 @@ def test_the_same_weights_are_linked_by_their_hash(tmp_path: Path, train: Callab
     assert _link(tmp_path, "two") == Link("one", "same")
 
 
+@support("PEFT", "stages: a head of another shape, a resized vocabulary")
 def test_a_replaced_head_is_a_link_with_what_changed(tmp_path: Path, train: Callable, caplog) -> None:
     model = LinearOnThreeAxes()
     train(model, tmp_path, "pretrain")
@@ -61,6 +63,7 @@ def test_frozen_and_removed_weights_are_named(tmp_path: Path, train: Callable) -
     )  # fmt: skip
 
 
+@support("PEFT", "stages: a head of another shape, a resized vocabulary")
 def test_a_resized_vocabulary_is_a_link(tmp_path: Path, train: Callable) -> None:
     model = TiedEmbedding()
     train(model, tmp_path, "pretrain")

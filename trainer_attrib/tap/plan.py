@@ -119,6 +119,8 @@ def _uses_of_weights(
 
 def _why_not(name: str, module: nn.Module, config: SketchConfig) -> str:
     rule = rule_for(module)
+    if isinstance(module, nn.ParameterDict | nn.ParameterList):
+        return "a bare parameter: no layer of its own multiplies with it"
     if rule is None:
         return f"{type(module).__name__} is not a known layer type"
     if not _matches(name, config.modules.split(",")) or _matches(name, config.exclude):
