@@ -64,9 +64,9 @@ class Segments:
 
     def sketch(self, left_TK: Tensor, right_TK: Tensor) -> Tensor:
         """Per-document sketches [N, K_l, K_r] from the projected factors of each token, [T, K_l] and [T, K_r]."""
-        index_MS, owner_M = self._blocks
-        left_MSK, right_MSK = (F.pad(side, (0, 0, 0, 1))[index_MS] for side in (left_TK, right_TK))
-        products_MKK = sketch_examples(left_MSK, right_MSK)
+        index_MS, absent, owner_M = self._blocks
+        left_MSK, right_MSK = F.embedding(index_MS, left_TK), F.embedding(index_MS, right_TK)
+        products_MKK = sketch_examples(left_MSK.flatten(0, 1).index_fill_(0, absent, 0.0).view_as(left_MSK), right_MSK)
         return products_MKK.new_zeros(len(self), *products_MKK.shape[1:]).index_add_(0, owner_M, products_MKK)
 
     def padded(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,15 +78,18 @@ class Segments:
         return values.flatten()[index_NL] * mask_NL, mask_NL
 
     @cached_property
-    def _blocks(self) -> tuple[Tensor, Tensor]:
-        """Token of each place of each block [M, S], ``tokens`` where there is none, and each block's document [M]."""
-        index, owner = [], []
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Token of each place of each block [M, S], the places that hold none, and each block's document [M].
+
+        A place without a token holds its document's first one, so that nothing leaks even where that is not finite.
+        """
+        index, absent, owner = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.long)], []
         for document, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             count = -(-length // _BLOCK)
             places = torch.arange(start, start + count * _BLOCK)
-            index.append(places.masked_fill(places >= start + length, self.tokens).view(count, _BLOCK))
-            owner.append(torch.full((count,), document))
-        if not index:
-            empty = torch.zeros(0, dtype=torch.long, device=self.device)
-            return empty.view(0, _BLOCK), empty
-        return torch.cat(index).to(self.device), torch.cat(owner).to(self.device)
+            absent.append(torch.arange(len(owner) * _BLOCK + length, (len(owner) + count) * _BLOCK))
+            index.append(places.masked_fill(places >= start + length, start))
+            owner += [document] * count
+        where = (torch.cat(index).view(-1, _BLOCK), torch.cat(absent), torch.tensor(owner, dtype=torch.long))
+        index_MS, absent_A, owner_M = (x.to(self.device) for x in where)
+        return index_MS, absent_A, owner_M
