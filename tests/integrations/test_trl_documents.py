@@ -212,3 +212,26 @@ def test_which_models_keep_documents_apart(kind: str, apart: bool) -> None:
         model = getattr(transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
         why = why_documents_mix(model._from_config(config))
     assert (why == "") is apart, why
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [(kind, how) for kind in ("Mistral", "Qwen2", "Qwen3", "Phi3") for how in ("eager", "sdpa")]
+    + [("Gemma2", "eager")],
+)
+def test_models_that_are_said_to_keep_documents_apart_do(kind: str, attention: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=28, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+        attn_implementation=attention,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    assert not why_documents_mix(model)
+    first, second = torch.randint(2, 28, (1, 5)), torch.randint(2, 28, (1, 7))
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with torch.no_grad():
+        together = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        alone = torch.cat([model(input_ids=tokens, use_cache=False).logits for tokens in (first, second)], 1)
+    torch.testing.assert_close(together, alone)
+    assert float(alone.std()) > 1e-3
