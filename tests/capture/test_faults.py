@@ -64,7 +64,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "opening the batch": _patch("trainer_attrib.capture.batch.open_micro_batch"),
     "watching the output": _patch("trainer_attrib.capture.batch.watch_output", 2),
     "projecting the input": _patch("trainer_attrib.tap.layers._three_axes", 3),
-    "adding a sketch": _patch("trainer_attrib.tap.module_tap.sketch_examples", 3),
+    "adding a sketch": _patch("trainer_attrib.tap.record.sketch_examples", 3),
     "checking coverage": _patch("trainer_attrib.capture.coverage.check_coverage"),
     "projecting the weights": _patch("trainer_attrib.capture.step_recorder.StepRecorder._project", 3),
     "reading the optimizer": _patch("trainer_attrib.capture.stage_facts.group_settings", 1),

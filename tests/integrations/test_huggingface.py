@@ -200,7 +200,7 @@ def _injected(*args: Any, **kwargs: Any) -> Any:
 
 
 FAULTS = {
-    "hooks": "trainer_attrib.tap.module_tap.sketch_examples",
+    "hooks": "trainer_attrib.tap.record.sketch_examples",
     "rows": "trainer_attrib.capture.window.unit_rows",
     "ids": "trainer_attrib_integrations.huggingface._columns",
     "projections": "trainer_attrib.capture.step_recorder.StepRecorder._project",

@@ -361,7 +361,7 @@ def test_a_run_that_breaks_off_leaves_nothing_behind(
     assert stage.problems() == []
 
 
-@pytest.mark.parametrize("where", ["tap.module_tap.sketch_examples", "capture.window.unit_rows",
+@pytest.mark.parametrize("where", ["tap.record.sketch_examples", "capture.window.unit_rows",
                                    "capture.batch.hash_rows"])  # fmt: skip
 def test_capture_faults_never_end_training(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any

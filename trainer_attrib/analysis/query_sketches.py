@@ -36,7 +36,8 @@ def sketch_queries(model: nn.Module, stage: StageReader, version: int, behaviors
     projections = Projections(plan, model, stage.factors(version), version)
     tap = ModuleTap(model, plan, projections, _raise)
     weights = [parameters_by_name(model)[weight.name] for weight in plan.weights]
-    with evaluating(model), _trainable(weights):
+    # Compiled code gives sketches to `backward` only, and is not worth compiling for queries.
+    with evaluating(model), _trainable(weights), torch.compiler.set_stance("force_eager"):
         tap.attach()
         try:
             rows = [_sketch(tap, model, weights, b, q) for b in behaviors for q in range(len(b))]

@@ -15,7 +15,8 @@ from trainer_attrib.capture.example_ids import IGNORED, hash_rows, side_hashes
 from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.window import Known, MicroBatch, ids_given
 from trainer_attrib.errors import CaptureError
-from trainer_attrib.tap.module_tap import ModuleTap, Unwatched
+from trainer_attrib.tap.hooks import Untraced
+from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.segments import Segments
 from trainer_attrib.types import Layout, LossForm
 
@@ -60,7 +61,7 @@ class BatchWatch:
 
     def attach(self) -> None:
         """Register the hooks."""
-        before, after = Unwatched(self._before_forward), Unwatched(self._after_forward)
+        before, after = Untraced(self._before_forward), Untraced(self._after_forward)
         self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         for module in (self._model, *self._model.children()):
             self._handles.append(module.register_forward_hook(after, with_kwargs=True))

@@ -48,14 +48,18 @@ class DenominatorProbe:
         return float(self.value)
 
     @torch.no_grad()
-    def _from_log_probs(self, gradient: Tensor) -> None:
+    def _from_log_probs(self, gradient: Tensor | None) -> None:
         """A plain sum divided by D has gradient -1/D at every counted token and 0 elsewhere."""
+        if gradient is None:
+            return  # what compiled code returned beside the loss that it computed from its own log-probabilities
         counted = gradient != 0
         self.value = -counted.sum() / gradient.sum()
         self.misfit = ((gradient * self.value + 1) * counted).abs().max()
 
     @torch.no_grad()
-    def _from_logits(self, gradient: Tensor, index: Tensor, row_V: Tensor, target: Tensor) -> None:
+    def _from_logits(self, gradient: Tensor | None, index: Tensor, row_V: Tensor, target: Tensor) -> None:
+        if gradient is None:
+            return  # as above
         expected_V = row_V.double().softmax(-1)
         expected_V[target] -= 1
         found_V = gradient.reshape(-1, gradient.shape[-1])[index].double()

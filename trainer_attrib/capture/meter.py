@@ -14,7 +14,7 @@ STEPS = 10
 class Meter:
     """Compares the time spent inside the recorder's hooks with the rest of steps 2 to 10 (the first pays for set-up).
 
-    On a GPU this is the time of the host, which only launches the work.
+    On a GPU this is the time of the host, which only launches the work. In compiled code it cannot be told apart.
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class Meter:
             self._spent += time.perf_counter() - began
 
     def after_step(self, tap: ModuleTap) -> float | None:
-        """The recorder's share of the training's own time, once, after step 10; None otherwise."""
+        """The recorder's share of the training's own time, once, after step 10; None otherwise or if not known."""
         self._step += 1
         if self._step == 1:
             self._began, self._spent, tap.seconds = time.perf_counter(), 0.0, 0.0
-        if self._step != STEPS:
+        if self._step != STEPS or tap.traced:
             return None
         spent = self._spent + tap.seconds
         return spent / max(time.perf_counter() - self._began - spent, 1e-9)

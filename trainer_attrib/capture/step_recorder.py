@@ -60,7 +60,7 @@ class StepRecorder:
         processes, plan = self._stage.processes, self._stage.plan
         if processes.size == 1 and (window is None or window.captured() is None):
             if step == 1:
-                self._say_nothing_fired()
+                self._say_nothing_fired(window)
             return
         modules = [name for weight in self.weights for name in weight.modules]
         sizes = [plan.width, plan.width, len(modules)]
@@ -73,7 +73,7 @@ class StepRecorder:
             evidence = checks.Evidence(captured, gradients, found, skipped)
             self._start_rows(checks.check_coverage(plan, self.weights, self._parameters, evidence), captured)
         elif window is not None and step == 1:
-            self._say_nothing_fired()
+            self._say_nothing_fired(window)
 
     def write(self, window: Window, step: int, facts: dict[str, Any]) -> None:
         """Queue the step's block."""
@@ -173,8 +173,21 @@ class StepRecorder:
             )  # fmt: skip
         return self._rows.block(row, trained, self._keep) if self._rows else Block(row | {"rows": 0})
 
-    def _say_nothing_fired(self) -> None:
-        logger.warning(
-            "stage '%s': no layer fired in the first step; is the model compiled or replaced? If training calls "
-            "only submodules of it, say what the batch is: `with recorder.batch(content=batch):`", self._stage.name,
-        )  # fmt: skip
+    def _say_nothing_fired(self, window: Window | None) -> None:
+        """Say why that may be. If forward passes were seen, it is likely code compiled before recording began."""
+        micro_batches = [] if window is None else window.micro_batches
+        if reasons := {why for micro in micro_batches for why in micro.record.skipped.values()}:
+            logger.warning("stage '%s': no layer fired in the first step: %s", self._stage.name, "; ".join(reasons))
+        elif micro_batches:
+            self._stage.tap.retrace()
+            logger.warning(
+                "stage '%s': no layer fired in the first step, which has no rows. A model that was compiled and run "
+                "before recording began does not see later hooks: it is compiled again from the next step on. To have "
+                "every step, begin recording before the first compiled call.", self._stage.name,
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "stage '%s': no layer fired in the first step; is the model replaced, or called by a compiled "
+                "function? If training does not call it itself, say what the batch is: "
+                "`with recorder.batch(content=batch):`", self._stage.name,
+            )  # fmt: skip

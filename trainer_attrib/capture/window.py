@@ -15,8 +15,8 @@ from trainer_attrib.capture.example_ids import id_strings, sampled
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.numerics.sketching import unit_rows
-from trainer_attrib.tap.module_tap import Record
 from trainer_attrib.tap.plan import WeightPlan
+from trainer_attrib.tap.record import Record
 from trainer_attrib.types import SketchConfig
 
 Describe = Callable[[Tensor, Tensor | None], Sequence[str]]

@@ -123,17 +123,13 @@ class ElementwiseRule:
 
     def watch(self, module: nn.Module, x: Tensor, pair: Pair, bias: Tensor | None) -> FactorsOf:
         """Hold the input; form each example's gradient and project it when the output's gradient is there."""
-        version = x._version
         left_1K, right_KC = pair.sides[0].T, pair.sides[1]
+        scaled_of = self._scaled_now if torch.compiler.is_compiling() else self._scaled_later
+        scaled = scaled_of(module, x, right_KC.dtype)
 
         def factors_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
-            if x._version != version:
-                raise CaptureError(
-                    f"The input of a {type(module).__name__} was changed in place before its backward pass.",
-                    fix="leave the layer out (SketchConfig.exclude).",
-                )
             gradient = gradient.to(right_KC.dtype)
-            rows = [_over_positions(gradient * self.scaled(module, x.to(right_KC.dtype)))]
+            rows = [_over_positions(gradient * scaled())]
             sides = [left_1K]
             if bias is not None:
                 rows.append(_over_positions(gradient))
@@ -142,6 +138,24 @@ class ElementwiseRule:
             return torch.cat(sides).expand(len(right_BSK), -1, -1), right_BSK
 
         return factors_of
+
+    def _scaled_later(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        version = x._version
+
+        def scaled() -> Tensor:
+            if x._version != version:
+                raise CaptureError(
+                    f"The input of a {type(module).__name__} was changed in place before its backward pass.",
+                    fix="leave the layer out (SketchConfig.exclude).",
+                )
+            return self.scaled(module, x.to(dtype))
+
+        return scaled
+
+    def _scaled_now(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Versions cannot be traced. The compiler's partitioner decides whether to keep this or the input."""
+        scaled = self.scaled(module, x.to(dtype))
+        return lambda: scaled
 
 
 _RULES: dict[str, Rule] = {}

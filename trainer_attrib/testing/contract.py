@@ -162,7 +162,7 @@ class IntegrationContract:
         def injected(*args: Any) -> Any:
             raise OSError("injected")
 
-        monkeypatch.setattr("trainer_attrib.tap.module_tap.sketch_examples", injected)
+        monkeypatch.setattr("trainer_attrib.tap.record.sketch_examples", injected)
         _assert_same(plain, _outcome(self, run))
         meta = _stage(run).meta
         assert meta["status"] == "incomplete"
