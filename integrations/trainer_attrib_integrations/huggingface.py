@@ -7,21 +7,26 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from trainer_attrib.capture.messages import logger
+from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.recorder import Recorder
 from trainer_attrib.errors import ConfigurationError, MissingExtraError
-from trainer_attrib.ledger.journal import check_place, has_stage
+from trainer_attrib.ledger.journal import check_place
+from trainer_attrib.ledger.resuming import place_to_begin
 from trainer_attrib.types import LossForm, SketchConfig
 
 try:
     from transformers import Trainer, TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise MissingExtraError("transformers", "huggingface") from error
 
+from trainer_attrib_integrations import sidecar
 from trainer_attrib_integrations.loss_forms import loss_form
 from trainer_attrib_integrations.riding_ids import RidingIds
 
@@ -64,6 +69,7 @@ class AttributionCallback(TrainerCallback):
         self._options: dict[str, Any] = {"sketch": sketch, "snapshots": snapshots, "strict": strict}
         self._columns = (id_column, source_column)
         self._closes_itself = False
+        self._checkpoint: Path | None = None  # that training resumes from, if it was named
         self._recorder: Recorder | None = None
         self._ids: RidingIds | None = None
         self._trainer: Trainer | None = None
@@ -88,22 +94,29 @@ class AttributionCallback(TrainerCallback):
         """Open the stage."""
         _refuse_replicas(args)
         self._stop("training was started again")
-        self._attempts += 1
         self._trainer = _calling_trainer(self)
         self._loss = LossForm() if self._trainer is None else loss_form(self._trainer)
-        stage = self._stage if self._attempts == 1 else f"{self._stage}.{self._attempts}"
+        name = self._stage if self._attempts == 0 else f"{self._stage}.{self._attempts + 1}"
+        stage, after_step = Processes.current().led(lambda: self._place(name, args, state))
+        self._attempts += after_step == 0
         tokenizer = kwargs.get("processing_class")
         self._recorder = Recorder(
             self._ledger,
             stage=stage,
             model=kwargs["model"],
             optimizer=kwargs["optimizer"],
-            total_steps=state.max_steps,
+            total_steps=state.max_steps - state.global_step + after_step,
             describe=_decoder(tokenizer) if hasattr(tokenizer, "batch_decode") else None,
             loss=self._loss,
             facts=_facts(args, self._trainer),
             **self._options,
-        ).start(after_step=state.global_step if has_stage(self._ledger, stage) else 0)
+        ).start(after_step=after_step)
+        if state.global_step and not after_step:
+            logger.info(
+                "stage '%s' begins after step %d of the training; what came before is not in it",
+                stage,
+                state.global_step,
+            )
         if not self._closes_itself:
             logger.warning(
                 "the callback was added after the trainer was made; if training breaks off between two training steps, "
@@ -117,11 +130,22 @@ class AttributionCallback(TrainerCallback):
         if self._recorder is not None:
             self._recorder.epoch = state.epoch
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note in the checkpoint which stage it belongs to."""
+        recorder = self._recorder
+        if recorder is not None:
+            recorder.attempt(lambda: _note(_checkpoint_of(args, state), recorder.checkpoint(), args.should_save))
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the stage."""
         self._leave()
         if self._recorder is not None:
             self._recorder.finish()
+
+    def _place(self, name: str, args: Any, state: Any) -> tuple[str, int]:
+        folder = self._checkpoint or _checkpoint_of(args, state)
+        noted = sidecar.noted_for(folder, self._ledger) if state.global_step else {}
+        return place_to_begin(self._ledger, name, noted, state.global_step)
 
     # ---- what the events do ---------------------------------------------------------------------------------------
 
@@ -163,6 +187,8 @@ class AttributionCallback(TrainerCallback):
     def _closing_afterwards(self, train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(train)
         def closed_train(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs.get("resume_from_checkpoint")
+            self._checkpoint = Path(given) if isinstance(given, str | os.PathLike) else None
             try:
                 return train(*args, **kwargs)
             except BaseException as error:
@@ -204,6 +230,16 @@ def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
     finally:
         del frame  # a frame kept in a local variable is a reference cycle
     return None
+
+
+def _checkpoint_of(args: Any, state: Any) -> Path:
+    """The folder of the checkpoint at this step."""
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _note(folder: Path, entry: dict[str, Any], is_writer: bool) -> None:
+    if entry and is_writer and folder.is_dir():
+        sidecar.note(folder, entry)
 
 
 def _refuse_replicas(args: Any) -> None:

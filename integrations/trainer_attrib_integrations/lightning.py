@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from trainer_attrib.capture.messages import logger
+from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.recorder import Recorder
 from trainer_attrib.errors import ConfigurationError, MissingExtraError
 from trainer_attrib.ledger.journal import check_place
+from trainer_attrib.ledger.resuming import place_to_begin
 from trainer_attrib.types import SketchConfig
 
 
@@ -47,7 +50,8 @@ class AttributionCallback(Callback):
 
     Args:
         ledger: directory or fsspec URL, the same for all stages of a model.
-        stage: name of this stage, new in the ledger. A second ``fit`` with the same callback becomes ``stage.2``.
+        stage: name of this stage, new in the ledger. A second ``fit`` with the same callback becomes ``stage.2``. With
+            ``fit(ckpt_path=...)`` a stage of this name that broke off is gone on with: the checkpoint says where.
         sketch: how gradients are compressed.
         snapshots: how many snapshots inside the stage, beside its start and end.
         strict: raise capture faults; otherwise they are reported once and training goes on.
@@ -74,6 +78,8 @@ class AttributionCallback(Callback):
         self._options: dict[str, Any] = {"sketch": sketch, "snapshots": snapshots, "strict": strict}
         self._keys = (id_key, source_key)
         self._recorder: Recorder | None = None
+        self._left: dict[str, Any] = {}  # what a stage that broke off would have noted
+        self._noted: dict[str, Any] = {}  # by the checkpoint that training resumes from
         self._batch = ExitStack()  # holds the recorder's block from a batch's start to its end
 
     # ---- a stage ------------------------------------------------------------------------------------------------
@@ -85,16 +91,28 @@ class AttributionCallback(Callback):
             logger.info("a fast_dev_run is not recorded")
             return
         _refuse_what_cannot_be_recorded(trainer)
-        self._attempts += 1
+        name = self._stage if self._attempts == 0 else f"{self._stage}.{self._attempts + 1}"
+        stage, after_step = Processes.current().led(
+            lambda: place_to_begin(self._ledger, name, self._noted, trainer.global_step)
+        )
+        self._noted = {}
+        self._attempts += after_step == 0
         self._recorder = Recorder(
             self._ledger,
-            stage=self._stage if self._attempts == 1 else f"{self._stage}.{self._attempts}",
+            stage=stage,
             model=pl_module,
-            optimizer=trainer.optimizers[0],
-            total_steps=_steps_ahead(trainer),
+            optimizer=trainer.optimizers,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            total_steps=_total_steps(trainer, after_step),
             facts=_facts(trainer, pl_module),
             **self._options,
-        ).start()
+        ).start(after_step=after_step)
+        if trainer.global_step and not after_step:
+            logger.info(
+                "stage '%s' begins after step %d of the training; what came before is not in it",
+                stage,
+                trainer.global_step,
+            )
         if trainer.gradient_clip_algorithm != "value":
             self._recorder.clip_threshold = trainer.gradient_clip_val or None
 
@@ -112,10 +130,26 @@ class AttributionCallback(Callback):
         """Close whatever is still open."""
         self._stop("training ended without telling its callbacks")
 
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """What this callback's state is called in a checkpoint: its own for each ledger and stage."""
+        return self._generate_state_key(ledger=os.fspath(self._ledger), stage=self._stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which stage is being recorded, and up to which step."""
+        return self._recorder.checkpoint() if self._recorder is not None else self._left
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called before training resumes from a checkpoint."""
+        self._noted = state_dict
+
     def _stop(self, reason: str) -> None:
         self._batch.close()
         if self._recorder is not None:
             self._recorder.interrupt(reason)
+            self._left = self._recorder.checkpoint()  # a checkpoint may yet be saved, on the way out
         self._recorder = None
 
     # ---- a micro-batch ------------------------------------------------------------------------------------------
@@ -131,7 +165,8 @@ class AttributionCallback(Callback):
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Note the loss as it is backpropagated. At the batch's end it would be too late: the step has been taken."""
         if self._recorder is not None:
-            self._recorder.note_loss(loss)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._recorder.note_loss(loss if scaler is None else loss.detach() / scaler.scale(torch.ones_like(loss)))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The batch is over."""
@@ -140,17 +175,10 @@ class AttributionCallback(Callback):
 
 def _refuse_what_cannot_be_recorded(trainer: Any) -> None:
     """Raises ConfigurationError before the first step."""
-    names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-    if len(names) != 1:
+    if not trainer.optimizers:
         raise ConfigurationError(
-            f"configure_optimizers returned {len(names)} optimizers ({', '.join(names)}); a stage records one.",
-            cause="the rows of a step must belong to one update, and these optimizers take turns.",
-            fix="use one optimizer with several parameter groups, or train without the callback.",
-        )
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise ConfigurationError(
-            "precision='16-mixed' scales the losses, and rows would carry a scale that changes from step to step.",
-            fix="use precision='bf16-mixed' or 32.",
+            "configure_optimizers returned no optimizer; a stage records the steps of one or several.",
+            fix="return the optimizers, or train without the callback.",
         )
 
 
@@ -162,13 +190,16 @@ def _split(batch: Any, id_key: str, source_key: str) -> tuple[Any, Any, Any]:
     return batch.get(id_key), batch.get(source_key), content
 
 
-def _steps_ahead(trainer: Any) -> int | None:
-    """Optimizer steps from here to the end, if Lightning can tell."""
+def _total_steps(trainer: Any, after_step: int) -> int | None:
+    """Optimizer steps from the stage's beginning to its end, if Lightning can tell."""
     try:
         total = trainer.estimated_stepping_batches
     except Exception:  # a schedule of accumulate_grad_batches
         return None
-    return int(total) - trainer.global_step if math.isfinite(total) and total > trainer.global_step else None
+    if not math.isfinite(total) or total * len(trainer.optimizers) <= trainer.global_step:
+        return None
+    steps = int(total) * len(trainer.optimizers)  # Lightning counts batches as if one optimizer took a step in each
+    return (steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)) - trainer.global_step + after_step
 
 
 def _facts(trainer: Any, pl_module: Any) -> dict[str, Any]:

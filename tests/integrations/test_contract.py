@@ -78,7 +78,7 @@ class TestHuggingFace(IntegrationContract):
 class TestLightning(IntegrationContract):
     unsupported: ClassVar = {
         "resume": "the callback keeps no state in Lightning's checkpoints yet",
-        "skipped steps": "precision='16-mixed' is refused",
+        "skipped steps": "a scaler's are in test_lightning_precision.py",
     }
     event_order: ClassVar = {
         "lightning 2.6": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer_attrib.capture.coverage import Coverage
+from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.processes import Processes, is_sharded, whole
 from trainer_attrib.capture.stage_facts import stage_facts
 from trainer_attrib.capture.window import Describe
@@ -45,6 +47,11 @@ class Recording:
         self.trainable = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.sharded = any(is_sharded(parameter) for parameter in self.parameters.values())
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the device and dtype of the rows."""
+        return self.raw[self.plan.weights[0].name].left
+
     def weights(self) -> dict[str, Tensor]:
         """All parameters' values. Where they are sharded they are put together, for which every process must ask."""
         return {name: whole(parameter.data) for name, parameter in self.parameters.items()}
@@ -58,6 +65,7 @@ class OpenStage:
     journal: StageJournal
     writer: StageWriter
     seen: set[str]  # examples that are described already
+    taken: Counter[int]  # steps before the stage was resumed, by optimizer
     reports: dict[int, Coverage] = field(default_factory=dict)  # by optimizer
 
 
@@ -84,7 +92,18 @@ def open_stage(recording: Recording, optimizers: Sequence[Optimizer], after_step
     journal = made[0] if made else FollowingJournal(recording.storage, recording.name, recording.trainable, meta)
     folder, dtype = f"stages/{recording.name}", recording.sketch.dtype
     writer = StageWriter(recording.storage, folder, dtype, recording.processes.rank)
-    seen: set[str] = set()
+    seen, taken = set[str](), Counter[int]()
     if after_step:
-        seen = set(Ledger(recording.storage.url).stage(recording.name).examples()["example"].to_pylist())
-    return OpenStage(recording, journal, writer, seen)
+        stage = Ledger(recording.storage.url).stage(recording.name)
+        seen.update(stage.examples()["example"].to_pylist())
+        taken.update(stage.steps()["optimizer"].to_pylist())
+        _check_whole(recording.name, after_step, taken.total())
+    return OpenStage(recording, journal, writer, seen, taken)
+
+
+def _check_whole(stage: str, after_step: int, found: int) -> None:
+    if found < after_step:
+        logger.warning(
+            "stage '%s': %d of the %d steps before the checkpoint are not in the ledger; the run that recorded them "
+            "died before they were sealed, or its capture had stopped", stage, after_step - found, after_step,
+        )  # fmt: skip

@@ -7,7 +7,7 @@ the gradients and the second moments that the update used (measured; bergson and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from trainer_attrib.capture.moment_readers import overwrites_gradients
+from trainer_attrib.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,37 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-class OptimizerTap:
-    """Calls ``after_step`` after every executed update, with the gradients that it used, until detached."""
+def owners(optimizers: Sequence[Optimizer]) -> dict[int, int]:
+    """The ``id`` of every parameter that is updated -> number of its optimizer.
 
-    def __init__(self, optimizer: Any, after_step: Callable[[], None]) -> None:
+    Raises:
+        ConfigurationError: two optimizers update the same parameter.
+    """
+    found: dict[int, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if found.setdefault(id(parameter), number) != number:
+                raise ConfigurationError(
+                    f"Optimizers {found[id(parameter)]} and {number} both update a parameter of shape "
+                    f"{tuple(parameter.shape)}.",
+                    cause="its gradient cannot be told apart into that of one and of the other.",
+                    fix="give each optimizer parameters of its own, or record only one of them.",
+                )
+    return found
+
+
+class OptimizerTap:
+    """Calls ``after_step`` after every executed update, with the gradients that it used, until detached.
+
+    An optimizer that handles a gradient scaler's work itself (fused ones) is called for steps that are to be skipped
+    as well, with the number of overflows in ``found_inf``: then ``skipped`` is called. To see that number the device is
+    waited for, as the scaler does for every other optimizer.
+    """
+
+    def __init__(self, optimizer: Any, after_step: Callable[[], None], skipped: Callable[[], None]) -> None:
         self.optimizer = unwrap_optimizer(optimizer)
+        self.calls = 0
+        self.skipped = skipped
         self._after_step = after_step
         self._handles: list[RemovableHandle] = []
         self._used: list[tuple[Tensor, Tensor]] = []  # parameters and their gradients, where the step overwrites them
@@ -80,6 +107,12 @@ class OptimizerTap:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
         """Show ``after_step`` the gradients that were used; put back what the step left."""
+        self.calls += 1
+        overflows = getattr(optimizer, "found_inf", None)
+        if isinstance(overflows, Tensor) and bool(overflows > 0):
+            self._used = []
+            self.skipped()
+            return
         left = [(p, p.grad) for p, _ in self._used]
         for p, gradient in self._used:
             p.grad = gradient

@@ -40,7 +40,7 @@ class Processes:
         """Whether this one keeps the stage's metadata and speaks to the user."""
         return self.rank == 0
 
-    def led(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def led(self, work: Callable[[], Any]) -> Any:
         """What ``work`` returns on the leader, on all processes; JSON-ready.
 
         Raises:

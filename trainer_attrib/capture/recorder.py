@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -11,20 +10,21 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from trainer_attrib.capture.batch import BatchWatch
+from trainer_attrib.capture.discarded import DiscardedGradients
 from trainer_attrib.capture.loss_facts import loss_facts
 from trainer_attrib.capture.messages import logger, show_messages
 from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.open_stage import Recording, open_stage
-from trainer_attrib.capture.optimizer_tap import OptimizerTap
 from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.refusals import refuse_unknown_parallelism
 from trainer_attrib.capture.stage_facts import preflight_lines, snapshot_steps
 from trainer_attrib.capture.step_recorder import StepRecorder
+from trainer_attrib.capture.step_watch import StepWatch
 from trainer_attrib.capture.window import Describe, Known, MicroBatch, Names, Window
 from trainer_attrib.ledger.journal import check_place
 from trainer_attrib.tap.adapters import merged_weights
 from trainer_attrib.tap.module_tap import ModuleTap
-from trainer_attrib.tap.plan import plan_sketch
+from trainer_attrib.tap.plan import WeightPlan, plan_sketch
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.types import LossForm, SketchConfig
 
@@ -47,7 +47,8 @@ class Recorder:
         ledger: directory or fsspec URL; created if needed.
         stage: name of this stage, new in the ledger.
         model: the model being trained.
-        optimizer: its optimizer, or several that take turns; accelerate's wrapper is fine.
+        optimizer: its optimizer, or several over disjoint parameters; accelerate's wrapper is fine. Steps are counted
+            over all of them, and a step's rows hold the gradients that its optimizer used.
         sketch: how gradients are compressed.
         snapshots: how many snapshots inside the stage, beside its start and end (needs ``total_steps``).
         strict: raise capture faults instead of going on without capture.
@@ -55,6 +56,7 @@ class Recorder:
         describe: token rows -> texts, to store what each example says; see :data:`capture.window.Describe`.
         loss: how the loss is made of examples: which rows of a forward pass form one, whether they are coupled.
         facts: anything else to keep in ``stage.json`` (loss, settings), JSON-ready.
+        scaler: the gradient scaler that multiplies the loss, if there is one; that of accelerate's wrapper is found.
 
     Raises:
         ConfigurationError, LedgerError, UnsupportedLayerError: only from the constructor and from :meth:`start`,
@@ -75,31 +77,24 @@ class Recorder:
         describe: Describe | None = None,
         loss: LossForm | None = None,
         facts: dict[str, Any] | None = None,
+        scaler: Any = None,
     ) -> None:
         storage, sketch, loss = check_place(ledger, stage), sketch or SketchConfig(), loss or LossForm()
         self._strict = strict
-        optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
-        self._optimizer_taps = [
-            OptimizerTap(each, functools.partial(self._after_step, number)) for number, each in enumerate(optimizers)
-        ]
-        refuse_unknown_parallelism(model, [tap.optimizer for tap in self._optimizer_taps])
-        plan = plan_sketch(model, sketch)
+        self._watch = StepWatch(optimizer, scaler, self._after_step, self._after_skip)
+        refuse_unknown_parallelism(model, self._watch.optimizers)
+        plan = plan_sketch(model, sketch, self._watch.owners)
         raw = Projections(plan, model)
         self._tap = ModuleTap(model, plan, raw, self._fault)
+        self._tap.passes.begins = self._backward_begins
         self._stage = Recording(
-            storage,
-            stage,
-            model,
-            plan,
-            sketch,
-            raw,
-            self._tap,
-            Processes.current(),
-            describe,
+            storage, stage, model, plan, sketch, raw, self._tap, Processes.current(), describe,
             loss_facts(loss, model) | (facts or {}),
-        )
+        )  # fmt: skip
         self._snapshot_steps = snapshot_steps(snapshots, total_steps)
         self._window = Window()
+        self._discarded = DiscardedGradients(plan, self._stage.parameters)
+        self._tap.passes.ended = self._discarded.pass_ended
         self._batches = BatchWatch(
             model, self._tap, loss, texts=describe is not None, wanted=self._captures, add=self._add,
             attempt=self.attempt,
@@ -120,10 +115,11 @@ class Recorder:
             after_step: go on with a stage of this name that broke off, from a checkpoint taken after this step.
         """
         show_messages()
-        optimizers = [tap.optimizer for tap in self._optimizer_taps]
-        stage = open_stage(self._stage, optimizers, after_step)
+        stage = open_stage(self._stage, self._watch.optimizers, after_step)
         self._journal, self._writer = stage.journal, stage.writer
-        self._steps = [StepRecorder(stage, number, optimizer) for number, optimizer in enumerate(optimizers)]
+        self._steps = [
+            StepRecorder(stage, number, optimizer) for number, optimizer in enumerate(self._watch.optimizers)
+        ]
         self.step = after_step
         for steps in self._steps if after_step else ():
             steps.resume(after_step)
@@ -132,8 +128,7 @@ class Recorder:
                 logger.info(line)
         self._batches.attach()
         self._tap.attach()
-        for tap in self._optimizer_taps:
-            tap.attach()
+        self._watch.attach()
         self._open = self._running = True
         return self
 
@@ -181,9 +176,22 @@ class Recorder:
         return self._batches.block(Known(kept, sources, texts, denominator, if_they_fit), content)
 
     def note_loss(self, loss: Any) -> None:
-        """Add a micro-batch's loss, as backpropagated, to the current step's."""
+        """Add a micro-batch's loss to the current step's: as backpropagated, but before a scaler multiplied it."""
         if self._running and isinstance(loss, Tensor):
             self._window.losses.append(loss.detach())
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What a run that resumes from a checkpoint taken now needs in order to go on with this stage; JSON-ready.
+
+        Everything recorded so far is sealed first, so that even a machine that dies afterwards loses nothing of it.
+        ``began`` tells recordings of the same name apart. A recorder whose capture broke down returns {}: the steps
+        since then are missing, and the stage cannot be gone on with.
+        """
+        if self._running:
+            self.attempt(self._writer.flush)
+        if self.fault is not None:
+            return {}
+        return {"stage": self._stage.name, "step": self.step, "began": self._journal.meta["began"]}
 
     def attempt(self, work: Callable[[], object]) -> None:
         """Run recording work that must not end training: a fault in it is handled like any capture fault."""
@@ -195,10 +203,27 @@ class Recorder:
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
     def _captures(self) -> bool:
-        return self._running and self.step % self._stage.sketch.every_n_steps == 0
+        return self._running and any(steps.wanted for steps in self._steps)
 
     def _add(self, micro: MicroBatch) -> None:
         self._window.add(micro)
+
+    def _backward_begins(self) -> None:
+        self._tap.loss_scale = self._watch.loss_scale(self._stage.like)
+        self._discarded.forget(self._window)
+
+    def _after_skip(self, number: int) -> None:
+        """A gradient scaler found an overflow and skipped a step of one of the optimizers: it trained nothing."""
+        if self._running:
+            self.attempt(lambda: self._skip(self._steps[number]))
+
+    def _skip(self, steps: StepRecorder) -> None:
+        window = self._window.take(self._taken(steps))
+        steps.skip(window, self.step, {"epoch": self.epoch})
+        self._batches.renew()
+
+    def _taken(self, steps: StepRecorder) -> list[WeightPlan] | None:
+        return None if len(self._steps) == 1 else steps.weights
 
     def _after_step(self, number: int) -> None:
         """An update of one of the optimizers was executed."""
@@ -219,11 +244,17 @@ class Recorder:
         What several processes do together is done by a process whose capture failed too, without a window: the others
         would wait for it.
         """
-        captured, steps = self._captures(), self._steps[number]
+        if self._running:
+            self.attempt(lambda: self._watch.refuse_compiled(self._tap.traced))
+        steps = self._steps[number]
+        captured = self._running and steps.wanted
         self.step += 1
-        window = self._window.take(None if len(self._steps) == 1 else steps.weights)
+        window = self._window.take(self._taken(steps))
+        if not captured:  # another optimizer's steps are, or it would be empty
+            window.micro_batches = []
+        steps.count += 1
         if captured or self._stage.processes.size > 1:
-            self.attempt(lambda: steps.check(window if self._running else None, self.step))
+            self.attempt(lambda: steps.check(window if self._running else None))
         if self._running:
             facts = {"epoch": self.epoch, "clip_threshold": self.clip_threshold}
             self.attempt(lambda: steps.write(window, self.step, facts))
@@ -262,8 +293,7 @@ class Recorder:
         self._tap.detach()
         self._batches.detach()
         if self._stage.processes.size == 1 or not self._open:
-            for tap in self._optimizer_taps:
-                tap.detach()
+            self._watch.detach()
 
     def _seal(self) -> None:
         """Remove the hooks and seal what was captured, whatever else fails."""

@@ -94,6 +94,7 @@ def step_row(step: int, optimizer: Optimizer, micro_batches: int, version: int) 
     groups = group_settings(optimizer)
     return {
         "step": step,
+        "skipped": False,
         "micro_batches": micro_batches,
         "captured": micro_batches > 0,
         "learning_rate": [g.learning_rate for g in groups],

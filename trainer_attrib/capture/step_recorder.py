@@ -39,6 +39,7 @@ class StepRecorder:
         self.weights = [weight for weight in self._stage.plan.weights if weight.name in updated]
         correction, processes = self._stage.sketch.correction, self._stage.processes
         self._moments = SecondMoments(self.weights, optimizer, self._parameters, correction, processes)
+        self.count = stage.taken[number]  # steps of this optimizer
         self._version = 0
         self._checked = False
         self._rows: RowMaker | None = None
@@ -51,28 +52,33 @@ class StepRecorder:
             self._refresh(step, present=True)
             self._moments.catch_up(step)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the optimizer's next step is captured."""
+        return self.count % self._stage.sketch.every_n_steps == 0
+
     # ---- the turns of a step --------------------------------------------------------------------------------------
 
-    def check(self, window: Window | None, step: int) -> None:
+    def check(self, window: Window | None) -> None:
         """Until rows were captured once: find out which weights they explain, over all processes."""
         if self._checked:
             return
         processes, plan = self._stage.processes, self._stage.plan
         if processes.size == 1 and (window is None or window.captured() is None):
-            if step == 1:
+            if self.count == 1:
                 self._say_nothing_fired(window)
             return
         modules = [name for weight in self.weights for name in weight.modules]
         sizes = [plan.width, plan.width, len(modules)]
         make = None if window is None else lambda: self._evidence(window, modules)
-        captured, gradients, fired = processes.total(make, self._like, sum(sizes)).split(sizes)
+        captured, gradients, fired = processes.total(make, self._stage.like, sum(sizes)).split(sizes)
         self._checked = bool(fired.any())
         if window is not None and self._checked:
             skipped = {name: why for micro in window.micro_batches for name, why in micro.record.skipped.items()}
             found = {name for name, count in zip(modules, fired.tolist(), strict=True) if count}
             evidence = checks.Evidence(captured, gradients, found, skipped)
             self._start_rows(checks.check_coverage(plan, self.weights, self._parameters, evidence), captured)
-        elif window is not None and step == 1:
+        elif window is not None and self.count == 1:
             self._say_nothing_fired(window)
 
     def write(self, window: Window, step: int, facts: dict[str, Any]) -> None:
@@ -82,11 +88,19 @@ class StepRecorder:
         row = step_row(step, self._optimizer, len(trained), self._version)
         row |= {"optimizer": self._number, "rank": stage.processes.rank, **facts}
         gradients = [p.grad for p in self._updated if p.grad is not None and not p.grad.is_sparse]
-        scalars, audited = step_scalars(gradients, window.losses), self._audit(window, step)
+        scalars, audited = step_scalars(gradients, window.losses), self._audit(window)
         projected = None
         if self._tells_of_weights:
             projected = torch.cat([self._project(w).flatten() for w in stage.plan.weights])
         self._open.writer.put(lambda: self._block(row, scalars, audited, projected, trained))
+
+    def skip(self, window: Window, step: int, facts: dict[str, Any]) -> None:
+        """Queue a step that a gradient scaler skipped: its settings and loss, none of its overflowed gradients."""
+        row = step_row(step, self._optimizer, len(window.micro_batches), self._version)
+        row |= {"optimizer": self._number, "rank": self._stage.processes.rank, **facts}
+        row |= {"skipped": True, "captured": False, "rows": 0, "projected_weights": None}
+        scalars = step_scalars([], window.losses)
+        self._open.writer.put(lambda: Block(row | {name: float(value) for name, value in scalars.items()}))
 
     def refresh(self, step: int, *, present: bool) -> None:
         """Fold the current second moments into the projections that the next steps are sketched with, if it is time."""
@@ -96,10 +110,6 @@ class StepRecorder:
     # ---- parts of a step ------------------------------------------------------------------------------------------
 
     @property
-    def _like(self) -> Tensor:
-        return self._stage.raw[self._stage.plan.weights[0].name].left
-
-    @property
     def _tells_of_weights(self) -> bool:
         """Replicas hold the same weights and gradients, so that one of them tells; of shards everyone tells its own."""
         return self._stage.processes.leads or self._stage.sharded
@@ -107,7 +117,7 @@ class StepRecorder:
     def _evidence(self, window: Window, modules: list[str]) -> Tensor:
         captured = window.captured()
         if captured is None:
-            captured = self._like.new_zeros(self._stage.plan.width)
+            captured = self._stage.like.new_zeros(self._stage.plan.width)
         gradients = torch.zeros_like(captured)
         if self._tells_of_weights:
             for weight in self.weights:
@@ -129,12 +139,12 @@ class StepRecorder:
             for line in report.lines():
                 logger.info("stage '%s': %s", stage.name, line)
 
-    def _audit(self, window: Window, step: int) -> checks.Audit | None:
+    def _audit(self, window: Window) -> checks.Audit | None:
         """Audit one weight per step, in turn."""
         captured = window.captured()
         if captured is None or not self._audited:
             return None
-        weight = self._audited[step % len(self._audited)]
+        weight = self._audited[self.count % len(self._audited)]
         sketch = None
         if self._tells_of_weights:
             sketch = checks.gradient_sketch(weight, self._parameters, self._stage.tap.projections)

@@ -86,6 +86,15 @@ class Window:
         taken.micro_batches = [replace(micro, record=micro.record.take(weights)) for micro in self.micro_batches]
         return taken
 
+    def holds(self, weight: str) -> bool:
+        """Whether anything of this weight is captured here."""
+        return any(micro.record.holds(weight) for micro in self.micro_batches)
+
+    def forget(self, weights: Sequence[WeightPlan]) -> None:
+        """Drop what was captured of some weights: training threw their gradients away."""
+        for micro in self.micro_batches:
+            micro.record.take(weights)
+
     def captured(self) -> Tensor | None:
         """Sum of all row sketches [width], or None if nothing was captured."""
         sums = [m.record.sketches.sum(0) for m in self.micro_batches if m.trained]
@@ -170,8 +179,9 @@ def measured_denominator(micro: MicroBatch, window: int) -> tuple[float, str]:
     was called with, else assumed: a mean over the micro-batch's examples, averaged over the window.
     """
     measured = micro.probe.result() if micro.probe is not None else None
-    if measured is not None:
-        return measured, "measured"
+    if measured is not None:  # at the logits of the scaled loss
+        scale = micro.record.loss_scale
+        return measured if scale is None else measured * float(scale), "measured"
     if micro.known.denominator is not None:
         return float(micro.known.denominator), "given"
     if micro.declared is not None:

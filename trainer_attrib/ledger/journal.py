@@ -185,11 +185,6 @@ def check_place(url: Any, stage: str) -> Storage:
     return storage
 
 
-def has_stage(url: Any, stage: str) -> bool:
-    """Whether a stage of this name was begun there."""
-    return Storage(url).exists(f"stages/{stage}/stage.json")
-
-
 def stage_exists(storage: Storage, name: str) -> StageExistsError:
     """The error for a name that is taken."""
     return StageExistsError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from itertools import groupby
 from math import sqrt
 from typing import Any
@@ -24,9 +26,19 @@ def merge_steps(table: pa.Table, *, sharded: bool) -> pa.Table:
         table: rows of the steps table, of all ranks.
         sharded: whether each process tells about its own shard.
     """
-    rows = sorted(table.to_pylist(), key=lambda row: (row["step"], row["rank"]))
-    merged = [_merged(list(group), sharded) for _, group in groupby(rows, key=lambda row: row["step"])]
+    rows = [row | {"turn": turn} for row, turn in _with_turns(table.to_pylist())]
+    rows = sorted(rows, key=lambda row: (row["step"], row["turn"], row["rank"]))
+    merged = [_merged(list(group), sharded) for _, group in groupby(rows, key=lambda row: (row["step"], row["turn"]))]
     return pa.Table.from_pylist(merged, table.schema)
+
+
+def _with_turns(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each row with how many its process wrote before it of the same step: steps skipped in a row share a number."""
+    turns: Counter[tuple[int, int]] = Counter()
+    for row in rows:
+        key = (row["step"], row["rank"])
+        yield row, turns[key]
+        turns[key] += 1
 
 
 def _merged(rows: list[dict[str, Any]], sharded: bool) -> dict[str, Any]:

@@ -134,8 +134,16 @@ class StageReader:
                 yield RowBlock(table, sketches)
 
     def steps(self) -> pa.Table:
-        """All recorded optimizer steps, in order."""
+        """All executed optimizer steps, in order."""
+        return self._steps(skipped=False)
+
+    def skipped_steps(self) -> pa.Table:
+        """Steps that a gradient scaler skipped, in order; ``step`` counts the steps executed before each."""
+        return self._steps(skipped=True)
+
+    def _steps(self, *, skipped: bool) -> pa.Table:
         steps = self._all("steps", STEPS)
+        steps = steps.filter(pa.array([bool(found) is skipped for found in steps["skipped"].to_pylist()], pa.bool_()))
         several = self.meta["processes"] > 1
         return merge_steps(steps, sharded=self.meta["sharded"]) if several else steps.sort_by("step")
 

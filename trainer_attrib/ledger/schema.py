@@ -35,6 +35,7 @@ ROWS = pa.schema(
 STEPS = pa.schema(
     [
         ("step", pa.int64()),
+        ("skipped", pa.bool_()),  # by a gradient scaler, after ``step`` executed steps: it trained nothing
         ("rank", pa.int16()),  # process that wrote this; readers put the rows of all processes together
         ("optimizer", pa.int16()),  # whose update it was, where several take turns
         ("epoch", pa.float32()),

@@ -33,7 +33,7 @@ class StageWriter:
 
     def __init__(self, storage: Storage, folder: str, dtype: str, rank: int = 0) -> None:
         self._storage, self._folder, self._rank, self._dtype = storage, folder, rank, dtype
-        self._queue: queue.Queue[Callable[[], Block] | None] = queue.Queue(QUEUED_STEPS)
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUED_STEPS)
         self._buffer: list[Block] = []
         self._buffered, self._opened = 0, time.monotonic()
         self._parts = self._sealed_before()
@@ -45,7 +45,15 @@ class StageWriter:
         """Queue a step. Raises the fault that stopped the writer, if one did."""
         if self._fault is not None:
             raise self._fault
-        self._queue.put(make)
+        self._queue.put(lambda: self._add(make()))
+
+    def flush(self) -> None:
+        """Write and seal everything queued, and wait for it. Raises the writer's fault, if any."""
+        if self._fault is None and self._thread.is_alive():
+            self._queue.put(self._seal)
+            self._queue.join()
+        if self._fault is not None:
+            raise self._fault
 
     def close(self) -> None:
         """Write everything queued, seal the last part and stop the thread. Raises the writer's fault, if any."""
@@ -61,9 +69,10 @@ class StageWriter:
         return self._storage.read_json(name)["parts"] if self._storage.exists(name) else []
 
     def _run(self) -> None:
-        while (make := self._queue.get()) is not None:
+        while (work := self._queue.get()) is not None:
             if self._fault is None:  # after a fault the queue is only drained, so that put never blocks for ever
-                self._guarded(lambda make=make: self._add(make()))
+                self._guarded(work)
+            self._queue.task_done()
         if self._fault is None:
             self._guarded(self._seal)
 
@@ -96,7 +105,8 @@ class StageWriter:
                 self._file("examples", "parquet", _parquet(examples, EXAMPLES)),
             ]
         )
-        self._parts.append({"rows": len(rows), "steps": len(blocks), "examples": len(examples), "files": files})
+        executed = sum(not block.step.get("skipped") for block in blocks)
+        self._parts.append({"rows": len(rows), "steps": executed, "examples": len(examples), "files": files})
         name = f"{self._folder}/{manifest_name(self._rank)}"
         self._storage.write_json(name, {"format": FORMAT, "rank": self._rank, "parts": self._parts})
         self._opened = time.monotonic()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trainer_attrib.tap.backward_passes import BackwardPasses
 from trainer_attrib.tap.hooks import Unwatched
 from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.projections import Projections
@@ -44,6 +45,8 @@ class ModuleTap:
     ) -> None:
         self.plan, self.projections, self._on_fault = plan, projections, on_fault
         self.record: Record | None = None
+        self.loss_scale: Tensor | None = None  # of the backward pass that is running; 0-dim, on the device
+        self.passes = BackwardPasses()
         self.seconds = 0.0  # spent inside the hooks
         self._overlapping = False  # a forward pass began before the one before it was backpropagated
         self._sites = sites_of(model, plan)
@@ -64,7 +67,8 @@ class ModuleTap:
     def open(self, rows: int, layout: Layout, segments: Segments | None = None) -> Record:
         """Start a new record for a forward pass over ``rows`` rows and make it current."""
         like = self.projections[self.plan.weights[0].name].left
-        self._overlapping = self.record is not None and not self.record.backwards
+        self._overlapping = self.record is not None and not (self.record.reached or self.record.backwards)
+        self.passes.forward_begins()
         self.record = Record(rows, layout, self.plan, like, segments)
         self._traced.open(self.record)
         return self.record
@@ -144,6 +148,8 @@ class ModuleTap:
                 return
             began = time.perf_counter()
             try:
+                self.passes.reached()
+                record.reached, record.loss_scale = True, self.loss_scale
                 with torch.no_grad(), full_precision(gradient.device.type):
                     record.add(site.name, site.weight, *factors_of(gradient))
             except Exception as fault:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +14,9 @@ from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.layers import known_layers, rule_for
 from trainer_attrib.tap.names import modules_by_name, parameters_by_name, walk
 from trainer_attrib.types import SketchConfig
+
+_NOBODY = "no optimizer updates it"
+_OTHERS = "another optimizer updates it than its layer's weight"
 
 
 @dataclass(frozen=True)
@@ -79,29 +82,35 @@ class SketchPlan:
         return SketchPlan(weights, dict(data["uncovered"]), int(data["rank"]), int(data["seed"]))
 
 
-def plan_sketch(model: nn.Module, config: SketchConfig) -> SketchPlan:
+def plan_sketch(model: nn.Module, config: SketchConfig, owners: Mapping[int, int] | None = None) -> SketchPlan:
     """Choose the weights to sketch.
+
+    Args:
+        model: the model being trained.
+        config: which of its layers are wanted, and the sketch's rank and seed.
+        owners: the ``id`` of each parameter that is updated -> number of its optimizer; by default all are, by one.
 
     Raises:
         UnsupportedLayerError: no trainable module of a known type matches ``config.modules``.
     """
     names = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
-    trainable = {name for name, p in parameters_by_name(model).items() if p.requires_grad}
-    uses, reasons = _uses_of_weights(model, config, names)
+    trainable = {name: p for name, p in parameters_by_name(model).items() if p.requires_grad}
+    owner = {name: 0 if owners is None else owners.get(id(p)) for name, p in trainable.items()}
+    uses, reasons = _uses_of_weights(model, config, names, owner)
     modules = modules_by_name(model)
     weights, offset = [], 0
     for name in uses:
-        weights.append(_weight_plan(modules[uses[name][0]], name, uses[name], names, config.rank, offset))
+        weights.append(_weight_plan(modules[uses[name][0]], name, uses[name], names, owner, config.rank, offset))
         offset += weights[-1].size
     if not weights:
         raise _nothing_to_capture(model, config, reasons)
     covered = {w.name for w in weights} | {w.bias for w in weights}
-    uncovered = {name: reasons.get(name, "no captured module owns it") for name in sorted(trainable - covered)}
+    uncovered = {name: reasons.get(name, "no captured module owns it") for name in sorted(trainable.keys() - covered)}
     return SketchPlan(tuple(weights), uncovered, config.rank, config.seed)
 
 
 def _uses_of_weights(
-    model: nn.Module, config: SketchConfig, names: dict[int, str]
+    model: nn.Module, config: SketchConfig, names: dict[int, str], owner: Mapping[str, int | None]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Weight name -> modules that use it; parameter name -> why it is left out."""
     uses: dict[str, list[str]] = {}
@@ -109,11 +118,13 @@ def _uses_of_weights(
     for module_name, module, _ in walk(model):
         own = {id(p): names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad}
         reason = _why_not(module_name, module, config)
-        weight = getattr(module, "weight", None)
-        if not reason and id(weight) in own:
-            uses.setdefault(own[id(weight)], []).append(module_name)
+        weight = own.get(id(getattr(module, "weight", None)))
+        if not reason and weight is not None and owner[weight] is not None:
+            uses.setdefault(weight, []).append(module_name)
+            reasons.update({name: _OTHERS for name in own.values() if owner[name] != owner[weight]})
         else:
             reasons.update({name: reason or "its weight is frozen" for name in own.values() if name not in uses})
+        reasons.update({name: _NOBODY for name in own.values() if owner[name] is None})
     return uses, reasons
 
 
@@ -133,14 +144,20 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def _weight_plan(
-    owner: nn.Module, name: str, modules: list[str], names: dict[int, str], rank: int, offset: int
+    module: nn.Module,
+    name: str,
+    modules: list[str],
+    names: dict[int, str],
+    owner: Mapping[str, int | None],
+    rank: int,
+    offset: int,
 ) -> WeightPlan:
-    rule = rule_for(owner)
+    rule = rule_for(module)
     assert rule is not None
-    assert isinstance(owner.weight, Tensor)
-    rows, columns = as_matrix(owner.weight).shape
-    bias = getattr(owner, "bias", None)
-    with_bias = isinstance(bias, Tensor) and bias.requires_grad
+    assert isinstance(module.weight, Tensor)
+    rows, columns = as_matrix(module.weight).shape
+    bias = getattr(module, "bias", None)
+    with_bias = isinstance(bias, Tensor) and bias.requires_grad and owner[names[id(bias)]] == owner[name]
     if with_bias:
         rows, columns = (rows + 1, columns) if rule.bias_axis == 0 else (rows, columns + 1)
     return WeightPlan(

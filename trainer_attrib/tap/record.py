@@ -42,6 +42,8 @@ class Record:
         self.forwards: Counter[str] = Counter()
         self._backwards: Counter[str] = Counter()
         self.skipped: dict[str, str] = {}
+        self.reached = False  # by a backward pass, through a layer that is not compiled
+        self.loss_scale: Tensor | None = None  # by which the loss had been multiplied
 
     def add(self, module: str, weight: WeightPlan, left_BSK: Tensor, right_BSK: Tensor) -> None:
         """Add one layer call's contribution, rows folded into examples."""
@@ -100,9 +102,15 @@ class Record:
 
     @property
     def sketches(self) -> Tensor:
-        """[examples, width]; zeros for weights that nothing reached. Put together at each access."""
+        """[examples, width], of the loss before scaling; zeros for weights that nothing reached. Made at each use."""
         self._gather()
-        return torch.cat([self._part(weight) for weight in self._plan.weights], dim=1)
+        scaled = torch.cat([self._part(weight) for weight in self._plan.weights], dim=1)
+        return scaled if self.loss_scale is None else scaled / self.loss_scale
+
+    def holds(self, weight: str) -> bool:
+        """Whether anything of this weight is captured here."""
+        self._gather()
+        return weight in self._parts
 
     def _part(self, weight: WeightPlan) -> Tensor:
         part = self._parts.get(weight.name)
