@@ -29,6 +29,7 @@ except ImportError as error:
 from trainer_attrib_integrations import sidecar
 from trainer_attrib_integrations.loss_forms import loss_form
 from trainer_attrib_integrations.riding_ids import RidingIds
+from trainer_attrib_integrations.wrapped import Wrapped
 
 _TEXT_LIMIT = 2000
 
@@ -74,7 +75,7 @@ class AttributionCallback(TrainerCallback):
         self._ids: RidingIds | None = None
         self._trainer: Trainer | None = None
         self._loss = LossForm()
-        self._replaced: dict[str, Any] = {}  # a training step that someone else had put on the trainer
+        self._wrapped = Wrapped()
 
     def close(self) -> None:
         """Close a stage that broke off. Only needed if the callback came by ``trainer.add_callback``: given to the
@@ -161,9 +162,9 @@ class AttributionCallback(TrainerCallback):
                 self._ids = ids
             else:
                 logger.warning("column '%s' does not fit the loader's rows; ids are content hashes", self._columns[0])
-        own = self._trainer.__dict__
-        self._replaced = {"training_step": own["training_step"]} if "training_step" in own else {}
-        self._trainer.training_step = self._naming(self._trainer.training_step)
+        self._wrapped.put(self._trainer, "training_step", self._naming(self._trainer.training_step))
+        accelerator = self._trainer.accelerator
+        self._wrapped.put(accelerator, "clip_grad_norm_", self._telling(accelerator.clip_grad_norm_))
 
     def _naming(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
         recorder, per_token = self._recorder, self._loss.per_token
@@ -183,6 +184,19 @@ class AttributionCallback(TrainerCallback):
             return loss
 
         return named_step
+
+    def _telling(self, clip: Callable[..., Any]) -> Callable[..., Any]:
+        recorder = self._recorder
+        assert recorder is not None
+
+        @functools.wraps(clip)
+        def telling_clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+            norm = clip(parameters, max_norm, norm_type)
+            if norm_type == 2:
+                recorder.note_gradient_norm(norm, max_norm)
+            return norm
+
+        return telling_clip
 
     def _closing_afterwards(self, train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(train)
@@ -206,9 +220,7 @@ class AttributionCallback(TrainerCallback):
 
     def _leave(self) -> None:
         """Leave the trainer and its loader as they were."""
-        if self._trainer is not None:
-            self._trainer.__dict__.pop("training_step", None)
-            self._trainer.__dict__.update(self._replaced)
+        self._wrapped.remove()
         if self._ids is not None:
             self._ids.remove()
         self._trainer = self._ids = None

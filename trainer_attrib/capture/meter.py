@@ -1,4 +1,4 @@
-"""How much of a step's time capture takes, measured on the first steps and said once."""
+"""How much of a step's time capture takes: said after the first steps and when the stage ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEPS = 10
 
 
 class Meter:
-    """Compares the time spent inside the recorder's hooks with the rest of steps 2 to 10 (the first pays for set-up).
+    """Compares the time spent inside the recorder's hooks with the rest, from step 2 on (the first pays for set-up).
 
     On a GPU this is the time of the host, which only launches the work. In compiled code it cannot be told apart.
     """
@@ -30,11 +30,15 @@ class Meter:
             self._spent += time.perf_counter() - began
 
     def after_step(self, tap: ModuleTap) -> float | None:
-        """The recorder's share of the training's own time, once, after step 10; None otherwise or if not known."""
+        """The share so far, once, after step 10; None otherwise or if not known."""
         self._step += 1
         if self._step == 1:
             self._began, self._spent, tap.seconds = time.perf_counter(), 0.0, 0.0
-        if self._step != STEPS or tap.traced:
+        return self.share(tap) if self._step == STEPS else None
+
+    def share(self, tap: ModuleTap) -> float | None:
+        """The recorder's share of the training's own time so far; None if it is not known."""
+        if self._step < 2 or tap.traced:
             return None
         spent = self._spent + tap.seconds
         return spent / max(time.perf_counter() - self._began - spent, 1e-9)

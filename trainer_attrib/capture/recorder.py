@@ -17,7 +17,7 @@ from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.open_stage import Recording, open_stage
 from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.refusals import refuse_unknown_parallelism
-from trainer_attrib.capture.stage_facts import preflight_lines, snapshot_steps
+from trainer_attrib.capture.stage_facts import closing_line, preflight_lines, snapshot_steps
 from trainer_attrib.capture.step_recorder import StepRecorder
 from trainer_attrib.capture.step_watch import StepWatch
 from trainer_attrib.capture.window import Describe, Known, MicroBatch, Names, Window
@@ -193,6 +193,16 @@ class Recorder:
             return {}
         return {"stage": self._stage.name, "step": self.step, "began": self._journal.meta["began"]}
 
+    def note_gradient_norm(self, before_clipping: Any, threshold: float) -> None:
+        """Tell the norm that clipping measured, to save measuring it again. Over all parameters of one optimizer.
+
+        Args:
+            before_clipping: 0-dim tensor.
+            threshold: to which it was clipped; infinite for no clipping.
+        """
+        if self._running and len(self._steps) == 1 and isinstance(before_clipping, Tensor):
+            self._window.norms.append((before_clipping.detach(), threshold))
+
     def attempt(self, work: Callable[[], object]) -> None:
         """Run recording work that must not end training: a fault in it is handled like any capture fault."""
         try:
@@ -326,6 +336,8 @@ class Recorder:
             self._journal.end(status, reason, self.step, weights, merged)
         except Exception as fault:
             self.fault = self.fault or fault
+        if self.fault is None and self._stage.processes.leads:
+            logger.info(closing_line(self._stage.name, status, self._writer.sealed(), self._meter.share(self._tap)))
         if self.fault is not None and self.fault is not known:
             if self._strict:
                 raise self.fault

@@ -88,7 +88,7 @@ class StepRecorder:
         row = step_row(step, self._optimizer, len(trained), self._version)
         row |= {"optimizer": self._number, "rank": stage.processes.rank, **facts}
         gradients = [p.grad for p in self._updated if p.grad is not None and not p.grad.is_sparse]
-        scalars, audited = step_scalars(gradients, window.losses), self._audit(window)
+        scalars, audited = step_scalars(gradients, window), self._audit(window)
         projected = None
         if self._tells_of_weights:
             projected = torch.cat([self._project(w).flatten() for w in stage.plan.weights])
@@ -99,7 +99,7 @@ class StepRecorder:
         row = step_row(step, self._optimizer, len(window.micro_batches), self._version)
         row |= {"optimizer": self._number, "rank": self._stage.processes.rank, **facts}
         row |= {"skipped": True, "captured": False, "rows": 0, "projected_weights": None}
-        scalars = step_scalars([], window.losses)
+        scalars = step_scalars([], window)
         self._open.writer.put(lambda: Block(row | {name: float(value) for name, value in scalars.items()}))
 
     def refresh(self, step: int, *, present: bool) -> None:

@@ -70,6 +70,7 @@ class Window:
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
+    norms: list[tuple[Tensor, float]] = field(default_factory=list)  # before clipping, threshold
 
     def add(self, micro_batch: MicroBatch) -> None:
         """Append; forwards that nothing backpropagated are forgotten once they pile up."""
@@ -79,7 +80,8 @@ class Window:
 
     def take(self, weights: Sequence[WeightPlan] | None) -> Window:
         """What a step used, removed from here: everything, or what these weights took, if optimizers take turns."""
-        taken, self.losses = Window(losses=self.losses), []
+        taken = Window(losses=self.losses, norms=self.norms)
+        self.losses, self.norms = [], []
         if weights is None:
             taken.micro_batches, self.micro_batches = self.micro_batches, []
             return taken
@@ -94,6 +96,13 @@ class Window:
         """Drop what was captured of some weights: training threw their gradients away."""
         for micro in self.micro_batches:
             micro.record.take(weights)
+
+    def used_norm(self) -> Tensor | None:
+        """Norm of the gradient after clipping, if clipping told it once (``torch.nn.utils.clip_grad_norm_``)."""
+        if len(self.norms) != 1:
+            return None
+        [(norm, threshold)] = self.norms
+        return norm * (threshold / (norm + 1e-6)).clamp(max=1.0)
 
     def captured(self) -> Tensor | None:
         """Sum of all row sketches [width], or None if nothing was captured."""

@@ -63,6 +63,11 @@ class StageWriter:
         if self._fault is not None:
             raise self._fault
 
+    def sealed(self) -> dict[str, int]:
+        """Steps, rows and bytes of the parts that are sealed."""
+        size = sum(file["bytes"] for part in self._parts for file in part["files"].values())
+        return {"bytes": size, **{kind: sum(part[kind] for part in self._parts) for kind in ("steps", "rows")}}
+
     def _sealed_before(self) -> list[dict[str, Any]]:
         """Parts of an earlier attempt at this stage: a resumed stage appends, it never overwrites."""
         name = f"{self._folder}/{manifest_name(self._rank)}"
