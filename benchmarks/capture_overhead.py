@@ -96,7 +96,7 @@ def correction_memory() -> tuple[int, int]:
     model(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
     optimizer.step()
     plan = plan_sketch(model, SKETCHES["corrected"])
-    factors = SecondMoments(plan.weights, optimizer, parameters_by_name(model), "factored", Processes()).factors()
+    factors = SecondMoments(plan.weights, optimizer, parameters_by_name(model), "factored", Processes()).factors(1)
     return Projections(plan, model, factors, 1).nbytes, sum(w.rows + w.columns for w in plan.weights)
 
 

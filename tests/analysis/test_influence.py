@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.analysis.stages import Classifier, margins, three_stages
 from trainer_attrib import Analyzer, Behavior, SketchConfig
 from trainer_attrib.errors import AnalysisError, ConfigurationError, ModelMismatchError, StageNotFoundError
-from trainer_attrib.numerics.second_moment import factor, inverse_root
+from trainer_attrib.numerics.second_moment import factor, inverse_root, lifted
 
 FULL = SketchConfig(rank=64, dtype="float32")  # at least as large as every side: nothing is projected away
 RAW = SketchConfig(rank=64, dtype="float32", correction="none")
@@ -74,7 +74,7 @@ def test_factors_are_those_of_the_optimizer_s_second_moments(tmp_path):
         loss = F.cross_entropy(run.model(x[6 * step : 6 * step + 6]), y[6 * step : 6 * step + 6])
         grads = torch.autograd.grad(loss, [run.model.body.weight, run.model.body.bias])
         moment = beta2 * moment + (1 - beta2) * torch.cat([grads[0], grads[1][:, None]], 1) ** 2
-    rows, columns = factor(moment / (1 - beta2**4))
+    rows, columns = lifted(*factor(moment / (1 - beta2**4)), floor=1 / 4)
     found_rows, found_columns = stage.factors(1)["body.weight"]
     torch.testing.assert_close(found_rows, rows)
     torch.testing.assert_close(found_columns, columns)

@@ -25,7 +25,7 @@ def corrected(model):
     optimizer.step()
     plan = plan_sketch(model, SketchConfig(rank=RANK))
     moments = SecondMoments(plan.weights, optimizer, parameters_by_name(model), "factored", Processes())
-    factors = moments.factors()
+    factors = moments.factors(1)
     assert factors.keys() == {weight.name for weight in plan.weights}
     return plan, moments, factors, Projections(plan, model, factors, version=1), optimizer
 

@@ -45,9 +45,9 @@ def test_row_norms_are_steady_from_the_first_steps_on(
 ) -> None:
     """Without the bias correction they would fall 3-fold from version 1 to version 3 for beta2 = 0.999.
 
-    Raw rows (version 0) and corrected ones have different units and are compared among themselves. The rate
-    is small: training itself changes norms too, 2.4-fold over these steps at 1e-3, as the batch's gradient falls faster
-    than its examples' do.
+    Raw rows (version 0) have the same units: what is left of the step to them is that an example's gradient is
+    not small where the batch's is. The rate is small: training itself changes norms too, 2.4-fold over these steps at
+    1e-3, as the batch's gradient falls faster than its examples' do.
     """
     for name, correction in (("raw", "none"), ("corrected", "factored")):
         torch.manual_seed(0)
@@ -60,8 +60,8 @@ def test_row_norms_are_steady_from_the_first_steps_on(
         0: (1, 4), 1: (5, 12), 2: (13, 36), 3: (37, 40),
     }  # fmt: skip
     assert all(by_version[0][step] == pytest.approx(raw[step]) for step in range(1, 5))
-    assert _spread(by_version[1].values()) < 2
     assert _spread([norm for version in (1, 2, 3) for norm in by_version[version].values()]) < 2
+    assert _spread([norm for steps in by_version.values() for norm in steps.values()]) < 3, "raw rows too"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

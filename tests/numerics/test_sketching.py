@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer_attrib.numerics.audit import regress
-from trainer_attrib.numerics.second_moment import factor, inverse_root
+from trainer_attrib.numerics.second_moment import factor, inverse_root, lifted, root_mean
 from trainer_attrib.numerics.sketching import add_bias, sketch_examples, sketch_matrix, unit_rows
 
 sizes = st.integers(1, 9)
@@ -109,3 +110,17 @@ def test_unseen_rows_get_a_bounded_scale_and_an_empty_moment_none() -> None:
     a, b = inverse_root(*factor(torch.zeros(4, 3)))
     assert torch.equal(a, torch.ones(4, dtype=a.dtype))
     assert torch.equal(b, torch.ones(3, dtype=b.dtype))
+
+
+def test_means_far_below_their_own_mean_are_lifted():
+    rows, columns = lifted(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([3.0, 3.0]), floor=0.25)
+    assert rows.tolist() == [0.25, 1.0, 2.0]
+    assert columns.tolist() == [3.0, 3.0]
+
+
+def test_the_root_of_the_mean_is_over_all_entries():
+    moments = [torch.rand(3, 5).double(), 9 * torch.rand(4, 2).double()]
+    every = torch.cat([moment.flatten() for moment in moments])
+    assert root_mean(factor(m) for m in moments) == pytest.approx(float(every.mean().sqrt()), rel=1e-12)
+    assert root_mean([]) == 1.0
+    assert root_mean([factor(torch.zeros(2, 2))]) == 1.0

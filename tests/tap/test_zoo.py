@@ -137,7 +137,7 @@ def test_detaching_leaves_no_hook(kind: type[Member]) -> None:
 
 @zoo
 def test_folded_second_moments_scale_the_exact_gradient(kind: type[Member], float64: None, close: Callable) -> None:
-    """With factors folded in, a row is the raw projection of diag(a) G diag(b), 1/sqrt(V) ~ a b^T."""
+    """With factors folded in, a row is the raw projection of unit * diag(a) G diag(b), 1/sqrt(V) ~ a b^T."""
     member, raw = _member(kind)
     inputs = _inputs(member)
     moments = {w.name: torch.rand(w.rows, w.columns).square() + 1e-3 for w in raw.plan.weights}
@@ -153,7 +153,7 @@ def test_folded_second_moments_scale_the_exact_gradient(kind: type[Member], floa
         parts = []
         for weight in raw.plan.weights:
             a, b = inverse_root(*factors[weight.name])
-            scaled = a[:, None] * whole_weight(weight, gradients) * b
+            scaled = folded.unit * a[:, None] * whole_weight(weight, gradients) * b
             parts.append((raw[weight.name].left @ scaled @ raw[weight.name].right.T).flatten())
         rows.append(torch.cat(parts))
     keep = _columns(member, raw)

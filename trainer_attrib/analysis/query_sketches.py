@@ -21,7 +21,8 @@ from trainer_attrib.types import Layout
 def sketch_queries(model: nn.Module, stage: StageReader, version: int, behaviors: Sequence[Behavior]) -> Tensor:
     """Sketches of the gradients of every query of every behavior at the model's current weights.
 
-    They are scaled by the second moments of one version, and columns that the stage's rows leave out are zero, so that
+    They are scaled by the second moments V of one version, in such units that the product with a row is that of the two
+    gradients with each divided by sqrt(V), and columns that the stage's rows leave out are zero, so that
     they can be compared with that version's rows and with no others. So are the columns of weights that the model does
     not have (:func:`missing_weights`).
 
@@ -46,7 +47,7 @@ def sketch_queries(model: nn.Module, stage: StageReader, version: int, behaviors
     sketched = torch.zeros(len(rows), whole.width)
     for weight, part in zip((w for w in whole.weights if w.name in _names(plan)), plan.weights, strict=True):
         sketched[:, weight.span] = torch.stack(rows)[:, part.span]
-    return sketched * kept_columns(model, stage)
+    return sketched * kept_columns(model, stage) / projections.unit**2
 
 
 def missing_weights(model: nn.Module, stage: StageReader) -> list[str]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from trainer_attrib.capture.moment_readers import Factored, correction_unavailable, second_moment
 from trainer_attrib.capture.processes import Processes, is_sharded
-from trainer_attrib.numerics.second_moment import append_bias, factor
+from trainer_attrib.numerics.second_moment import append_bias, factor, lifted
 from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.plan import WeightPlan
 from trainer_attrib.tap.projections import Factors
@@ -56,12 +56,17 @@ class SecondMoments:
         while self._next is not None and self._next <= step:
             self._next *= GROWTH
 
-    def factors(self, *, present: bool = True) -> Factors:
+    def factors(self, steps: int, *, present: bool = True) -> Factors:
         """Row and column means of the second moments, for the weights that were updated already; {} for none yet.
+
+        Rows that got hardly any gradient yet, such as an unseen token's, are lifted to 1/steps of the mean: what they
+        will have once they get a typical one, which is the first that matters. Without it their amplification would
+        be a hundredfold where the optimizer's own is at most sqrt(steps).
 
         A state that is not what its optimizer's reader expects ends the correction: ``unavailable`` says why.
 
         Args:
+            steps: that the optimizer has taken.
             present: False where capture failed in this process and only its turn is taken.
 
         Raises:
@@ -76,7 +81,7 @@ class SecondMoments:
             return {}
         if known and self._next is not None:
             self._next *= GROWTH
-        return known
+        return {name: lifted(*means, floor=1 / max(1, steps)) for name, means in known.items()}
 
     def _found(self) -> Factors:
         found = {weight.name: self._factors(weight) for weight in self._weights}

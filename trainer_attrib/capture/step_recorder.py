@@ -158,7 +158,7 @@ class StepRecorder:
 
     def _refresh(self, step: int, *, present: bool) -> None:
         journal, tap = self._open.journal, self._stage.tap
-        if not (factors := self._moments.factors(present=present)):  # none yet, or none that can be read
+        if not (factors := self._moments.factors(self.count, present=present)):  # none yet, or none that can be read
             return journal.update(correction_unavailable=self._moments.unavailable)
         self._version = journal.second_moment(step, factors)
         tap.projections = tap.projections.refreshed(self.weights, factors, self._version)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -36,6 +39,28 @@ def append_bias(rows_R: Tensor, columns_C: Tensor, bias: Tensor, axis: int) -> t
     count = len(along)
     along, across = torch.cat([along, bias.mean().reshape(1)]), (across * count + bias) / (count + 1)
     return (along, across) if axis == 0 else (across, along)
+
+
+def lifted(rows_R: Tensor, columns_C: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """The means with those below ``floor`` times their own mean lifted to it, [R] and [C]."""
+    return rows_R.clamp_min(floor * rows_R.mean()), columns_C.clamp_min(floor * columns_C.mean())
+
+
+def root_mean(factors: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Root of the mean of all entries of several second moments: the size of a typical entry of the gradient.
+
+    Args:
+        factors: row means r [R] and column means c [C] of each.
+
+    Returns:
+        1.0 where there is none, or they are all zero.
+    """
+    sums = [
+        (float(rows_R.mean()) * len(rows_R) * len(columns_C), len(rows_R) * len(columns_C))
+        for rows_R, columns_C in factors
+    ]
+    mean = sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
+    return mean**0.5 if mean > 0 and isfinite(mean) else 1.0
 
 
 def inverse_root(rows_R: Tensor, columns_C: Tensor, floor: float = 1e-4) -> tuple[Tensor, Tensor]:

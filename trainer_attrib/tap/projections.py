@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer_attrib.numerics.projection import projection
-from trainer_attrib.numerics.second_moment import inverse_root
+from trainer_attrib.numerics.second_moment import inverse_root, root_mean
 from trainer_attrib.numerics.sketching import add_bias, as_matrix, sketch_matrix
 from trainer_attrib.tap.layers import Pair
 from trainer_attrib.tap.names import parameters_by_name
@@ -21,12 +21,18 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 class Projections:
-    """All projections of a plan. ``version`` names the second moment folded in; 0 is none (raw gradients)."""
+    """All projections of a plan.
+
+    ``version`` names the second moment V folded in; 0 is none (raw gradients). A gradient is multiplied by ``unit /
+    sqrt(V)``, where ``unit`` is the root of V's mean: entries are weighed against each other as the optimizer does, and
+    the norm stays in the gradient's own units, so that it does not jump by orders of magnitude between versions.
+    """
 
     def __init__(self, plan: SketchPlan, model: nn.Module, factors: Factors | None = None, version: int = 0) -> None:
         self.plan, self.version = plan, version
         parameters = parameters_by_name(model)
         self._like = {w.name: _reference(parameters[w.name]) for w in plan.weights}
+        self.unit = root_mean((factors or {}).values())
         self._pairs = {w.name: self._pair(w, factors or {}) for w in plan.weights}
 
     def __getitem__(self, weight: str) -> Pair:
@@ -35,8 +41,8 @@ class Projections:
     def refreshed(self, weights: Iterable[WeightPlan], factors: Factors, version: int) -> Projections:
         """The same with a new second moment folded in for some weights: those of one optimizer."""
         changed = copy.copy(self)
-        changed.version = version
-        changed._pairs = self._pairs | {w.name: self._pair(w, factors) for w in weights}
+        changed.version, changed.unit = version, root_mean(factors.values())
+        changed._pairs = self._pairs | {w.name: changed._pair(w, factors) for w in weights}
         return changed
 
     @property
@@ -53,7 +59,7 @@ class Projections:
         if weight.name in factors:
             rows_R, columns_C = factors[weight.name]
             row_scale_R, column_scale_C = inverse_root(rows_R.double().cpu(), columns_C.double().cpu())
-            left, right = left * row_scale_R, right * column_scale_C
+            left, right = left * (row_scale_R * self.unit), right * column_scale_C
         left, right = left.to(self._like[weight.name]), right.to(self._like[weight.name])
         if not weight.bias:
             return Pair(left, right, (left, right), None)
