@@ -8,6 +8,7 @@ where the scripts look for it.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import os
@@ -35,7 +36,7 @@ from trainer_attrib.ledger.reader import StageReader
 WORDS = [f"w{i}" for i in range(60)]
 HUGGING_FACE = "from trainer_attrib.integrations.huggingface import AttributionCallback\n"
 LIGHTNING = "from trainer_attrib.integrations.lightning import AttributionCallback\n"
-CALLBACK = ' callbacks=[AttributionCallback("ledger", stage="one", strict=True)],'
+CALLBACK = '\n        callbacks=[AttributionCallback("ledger", stage="one", strict=True)],'
 TRAINING = {
     "output_dir": "out", "num_train_epochs": "2", "per_device_train_batch_size": "4", "learning_rate": "1e-3",
     "use_cpu": "true", "bf16": "false", "report_to": "none", "logging_steps": "1", "save_steps": "2",
@@ -71,14 +72,19 @@ class Script:
             pytest.skip("TRAINER_ATTRIB_EXAMPLES names no folder with copies of the frameworks' repositories")
         return (Path(folder) / self.place).read_text()
 
+    def with_callback(self, text: str) -> str:
+        """The script with one import and one argument more."""
+        for place, added in ((self.import_after, self.import_line), (self.argument_after, CALLBACK)):
+            assert text.count(place) == 1, f"{self.place} changed: {place!r} is not there once"
+            text = text.replace(place, place + added)
+        return text
+
     def run(self, folder: Path, *, recorded: bool) -> None:
         """Run it as ``python script.py --arguments`` would, in a folder with its data; with one import and one argument
         more if it is to be recorded."""
         text = self.published()
         if recorded:
-            for place, added in ((self.import_after, self.import_line), (self.argument_after, CALLBACK)):
-                assert text.count(place) == 1, f"{self.place} changed: {place!r} is not there once"
-                text = text.replace(place, place + added)
+            text = self.with_callback(text)
         folder.mkdir()
         before, argv = Path.cwd(), sys.argv
         os.chdir(folder)
@@ -171,6 +177,17 @@ def logged(folder: Path) -> list[float]:
     last = max((folder / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     log = json.loads((last / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.mark.parametrize("script", TRL_SCRIPTS.values(), ids=list(TRL_SCRIPTS))
+def test_nothing_but_two_lines_is_added(script: Script) -> None:
+    """What docs/recording.md shows."""
+    published = script.published()
+    changes = [*difflib.unified_diff(published.splitlines(), script.with_callback(published).splitlines(), n=0)][2:]
+    assert [line for line in changes if not line.startswith("@@")] == [
+        "+" + HUGGING_FACE.rstrip(),
+        "+" + CALLBACK.strip("\n"),
+    ]
 
 
 @pytest.mark.parametrize(
