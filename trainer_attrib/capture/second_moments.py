@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from trainer_attrib.capture.moment_readers import Factored, correction_unavailable, second_moment
 from trainer_attrib.capture.processes import Processes, is_sharded
 from trainer_attrib.numerics.second_moment import append_bias, factor, lifted
-from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.plan import WeightPlan
 from trainer_attrib.tap.projections import Factors
 from trainer_attrib.tap.shards import shard_of
@@ -92,7 +91,7 @@ class SecondMoments:
         moment = second_moment(self._optimizer, self._parameters[weight.name])
         if moment is None:
             return None
-        means = (moment.rows, moment.columns) if isinstance(moment, Factored) else factor(as_matrix(moment))
+        means = (moment.rows, moment.columns) if isinstance(moment, Factored) else factor(weight.matrix_of(moment))
         if not weight.bias:
             return means
         bias = second_moment(self._optimizer, self._parameters[weight.bias])
@@ -125,11 +124,12 @@ class SecondMoments:
         if moment is None:
             return parts
         shard = shard_of(cast(Tensor, moment))
-        matrix = as_matrix(shard.local).double()
+        matrix = weight.matrix_of(shard.local).double()
         by_row, by_column = matrix.sum(1), matrix.sum(0)
         across, along = (parts[1], parts[0]) if parameter.dim() == 1 else (parts[0], parts[1])
         sharded, shared = (by_column, by_row) if parameter.dim() == 1 else (by_row, by_column)
-        across[shard.span] = sharded
+        entries = across.view(len(parameter), -1)[shard.span]
+        entries.copy_(sharded.view_as(entries))
         along += shared
         if weight.bias:
             moment = second_moment(self._optimizer, self._parameters[weight.bias])

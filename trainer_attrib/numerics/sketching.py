@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_CHUNK = 1024  # products at a time
+
 
 def as_matrix(weight: Tensor) -> Tensor:
     """A weight as the matrix [R, C] that is sketched: a vector is one row, a convolution [out, in * kernel]."""
@@ -25,6 +27,24 @@ def sketch_examples(left_BSK: Tensor, right_BSK: Tensor) -> Tensor:
         [B, K_l, K_r].
     """
     return torch.bmm(left_BSK.transpose(1, 2), right_BSK)
+
+
+def sketch_owned(left_PK: Tensor, right_PK: Tensor, owner_P: Tensor, count: int) -> Tensor:
+    """The same from factors in any order, each of which belongs to one example.
+
+    Args:
+        left_PK: factors on the rows' side, projected: [P, K_l].
+        right_PK: factors on the columns' side, projected: [P, K_r].
+        owner_P: the example of each, below ``count``.
+        count: B.
+
+    Returns:
+        [B, K_l, K_r].
+    """
+    sketch_BKK = left_PK.new_zeros(count, left_PK.shape[1], right_PK.shape[1])
+    for left, right, owner in zip(left_PK.split(_CHUNK), right_PK.split(_CHUNK), owner_P.split(_CHUNK), strict=True):
+        sketch_BKK.index_add_(0, owner, left.unsqueeze(2) * right.unsqueeze(1))
+    return sketch_BKK
 
 
 def sketch_matrix(weight_RC: Tensor, left_KR: Tensor, right_KC: Tensor) -> Tensor:

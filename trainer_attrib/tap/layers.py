@@ -163,12 +163,12 @@ _RULES: dict[str, Rule] = {}
 
 def register_layer(layer: type | str, rule: Rule) -> None:
     """Teach the tap a layer type, given as a class or as its qualified name (so that nothing needs importing)."""
-    _RULES[layer if isinstance(layer, str) else _qualified(layer)] = rule
+    _RULES[layer if isinstance(layer, str) else qualified(layer)] = rule
 
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the module's type or of its nearest registered base class."""
-    return _RULES.get(_qualified(_registered(module)))
+    return _RULES.get(qualified(_registered(module)))
 
 
 def known_layers() -> tuple[str, ...]:
@@ -178,10 +178,11 @@ def known_layers() -> tuple[str, ...]:
 
 def _registered(module: nn.Module) -> type:
     """The module's nearest registered class; ``object`` if there is none."""
-    return next(base for base in type(module).__mro__ if _qualified(base) in _RULES or base is object)
+    return next(base for base in type(module).__mro__ if qualified(base) in _RULES or base is object)
 
 
-def _qualified(layer: type) -> str:
+def qualified(layer: type) -> str:
+    """Module and name of a class."""
     return f"{layer.__module__}.{layer.__qualname__}"
 
 

@@ -12,19 +12,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer_attrib.tap.backward_passes import BackwardPasses
+from trainer_attrib.tap.experts import as_stack
 from trainer_attrib.tap.hooks import Unwatched
 from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.projections import Projections
-from trainer_attrib.tap.record import Record
+from trainer_attrib.tap.record import NO_BATCH, Record
+from trainer_attrib.tap.routed import Product, RoutedProducts, Stack
 from trainer_attrib.tap.segments import Segments
-from trainer_attrib.tap.sites import Site, full_precision, sites_of
+from trainer_attrib.tap.sites import Experts, Site, experts_of, full_precision, sites_of
 from trainer_attrib.tap.traced import TracedModules, watch_traced
 from trainer_attrib.types import Layout
 
+_OVERLAPPING = "reentrant checkpointing, with several forward passes before one backward pass"
 
 class ModuleTap:
     """Forward hooks on every module of a plan. Captures into ``record`` while one is set, otherwise does nothing.
@@ -49,7 +53,8 @@ class ModuleTap:
         self.passes = BackwardPasses()
         self.seconds = 0.0  # spent inside the hooks
         self._overlapping = False  # a forward pass began before the one before it was backpropagated
-        self._sites = sites_of(model, plan)
+        self._sites, self._experts = sites_of(model, plan), experts_of(model, plan)
+        self._running: list[RoutedProducts] = []  # innermost last
         self._traced = TracedModules(self._likes, lambda: self.record)
         self._handles: list[RemovableHandle] = []
         self._own_forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
@@ -57,7 +62,8 @@ class ModuleTap:
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of the modules that are expected to fire."""
-        return tuple(site.name for site in self._sites)
+        stacks = (name for experts in self._experts for name, _ in experts.stacks.values())
+        return (*(site.name for site in self._sites), *stacks)
 
     @property
     def traced(self) -> bool:
@@ -78,12 +84,18 @@ class ModuleTap:
         for site in self._sites:
             hook = Unwatched(self._forward_hook(site))
             self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+        for experts in self._experts:
+            begin, end = Unwatched(self._before_experts(experts)), Unwatched(self._after_experts)
+            self._handles.append(experts.module.register_forward_pre_hook(begin, with_kwargs=True))
+            self._handles.append(experts.module.register_forward_hook(end, always_call=True))  # also if it raises
         return self
 
     def detach(self) -> None:
         """Remove every hook; safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
+        while self._running:  # a forward pass was broken off
+            self._running.pop().leave()
         self._traced.close()
         self.record = None
         for module, forward in self._own_forwards:
@@ -138,11 +150,15 @@ class ModuleTap:
             record.skipped[site.name] = why
             return
         if recomputed and self._overlapping:
-            record.skipped[site.name] = "reentrant checkpointing, with several forward passes before one backward pass"
+            record.skipped[site.name] = _OVERLAPPING
             return
         factors_of = site.watch(x, self.projections[site.weight.name])
         record.forwards[site.name] += not recomputed
+        self._when_backward(
+            output, record, lambda gradient: record.add(site.name, site.weight, *factors_of(gradient))
+        )
 
+    def _when_backward(self, output: Tensor, record: Record, add: Callable[[Tensor], None]) -> None:
         def after_backward(gradient: Tensor | None) -> None:
             if gradient is None:
                 return
@@ -151,12 +167,64 @@ class ModuleTap:
                 self.passes.reached()
                 record.reached, record.loss_scale = True, self.loss_scale
                 with torch.no_grad(), full_precision(gradient.device.type):
-                    record.add(site.name, site.weight, *factors_of(gradient))
+                    add(gradient)
             except Exception as fault:
                 self._on_fault(fault)
             self.seconds += time.perf_counter() - began
 
         _hook_gradient(output, after_backward)
+
+    def _before_experts(self, experts: Experts) -> Callable[..., None]:
+        def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record = self.record
+            if record is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return
+            recomputed = torch._C._current_graph_task_id() != -1
+            if recomputed and any(record.forwards[name] for name, _ in experts.stacks.values()):
+                return
+            began = time.perf_counter()
+            try:
+                self._watch_experts(experts, record, _first_tensor(args, kwargs), recomputed)
+            except Exception as fault:
+                self._on_fault(fault)
+            self.seconds += time.perf_counter() - began
+
+        return before_forward
+
+    def _after_experts(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._running and self._running[-1].module is module:
+            self._running.pop().leave()
+
+    def _watch_experts(self, experts: Experts, record: Record, tokens: Tensor, recomputed: bool) -> None:
+        """Find the products until the module's forward ends; project their inputs, hook their outputs' gradients."""
+        weights = dict(experts.stacks.values())
+        owner_T = record.owners(tokens.shape[:-1].numel())
+        if self.traced or owner_T is None or (recomputed and self._overlapping):
+            why = "experts in a compiled model" if self.traced else _OVERLAPPING if owner_T is not None else NO_BATCH
+            record.skipped |= dict.fromkeys(weights, why)
+            return
+        stacks = [
+            Stack(name, parameter, as_stack(self.projections[weight.name].left, parameter))
+            for key, (name, weight) in experts.stacks.items()
+            if (parameter := getattr(experts.module, key)).requires_grad
+        ]
+
+        def found(product: Product) -> None:
+            weight, began = weights[product.stack], time.perf_counter()
+            right_KI = self.projections[weight.name].right
+            with full_precision(right_KI.device.type):
+                right_PK = F.linear(product.x_PI.to(right_KI.dtype), right_KI)
+
+            def add(gradient: Tensor) -> None:
+                record.add_routed(product.stack, weight, product.project(gradient), right_PK, product.owner_P)
+
+            self._when_backward(product.output, record, add)
+            record.forwards[product.stack] += not recomputed
+            self.seconds += time.perf_counter() - began
+
+        products = RoutedProducts(experts.module, tokens, owner_T, stacks, found, record.skipped, self._on_fault)
+        self._running.append(products)
+        products.__enter__()
 
 
 def _differentiable(output: Any, module: nn.Module) -> bool:

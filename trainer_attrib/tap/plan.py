@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from trainer_attrib.errors import UnsupportedLayerError
 from trainer_attrib.numerics.sketching import as_matrix
+from trainer_attrib.tap.experts import stack_name, stacks_of, why_not_watched
 from trainer_attrib.tap.layers import known_layers, rule_for
 from trainer_attrib.tap.names import modules_by_name, parameters_by_name, walk
 from trainer_attrib.types import SketchConfig
 
 _NOBODY = "no optimizer updates it"
+_NO_STACK = "its module's experts are captured, but it is none of their stacks"
 _OTHERS = "another optimizer updates it than its layer's weight"
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """One sketched weight: a parameter, its bias if that is captured with it, and the modules that use it.
+    """One sketched weight: a parameter, its bias if that is captured with it, and the modules that use it (a stack of
+    experts uses itself: its module has several).
 
     ``rows`` and ``columns`` count the bias (appended along ``bias_axis``); the sketch has ``left * right`` numbers and
     starts at column ``offset`` of a row.
@@ -41,6 +44,11 @@ class WeightPlan:
     def size(self) -> int:
         """Numbers of a row that this weight takes."""
         return self.left * self.right
+
+    def matrix_of(self, tensor: Tensor) -> Tensor:
+        """A tensor shaped like the weight, or a shard of one, as a matrix without the bias."""
+        columns = self.columns - (bool(self.bias) and self.bias_axis == 1)
+        return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.reshape(-1, columns)
 
     @property
     def span(self) -> slice:
@@ -100,7 +108,8 @@ def plan_sketch(model: nn.Module, config: SketchConfig, owners: Mapping[int, int
     modules = modules_by_name(model)
     weights, offset = [], 0
     for name in uses:
-        weights.append(_weight_plan(modules[uses[name][0]], name, uses[name], names, owner, config.rank, offset))
+        module = modules.get(uses[name][0])
+        weights.append(_weight_plan(module, trainable[name], name, uses[name], names, owner, config.rank, offset))
         offset += weights[-1].size
     if not weights:
         raise _nothing_to_capture(model, config, reasons)
@@ -118,8 +127,14 @@ def _uses_of_weights(
     for module_name, module, _ in walk(model):
         own = {id(p): names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad}
         reason = _why_not(module_name, module, config)
+        stacks = {key: own.get(id(getattr(module, key, None))) for key in stacks_of(module)}
         weight = own.get(id(getattr(module, "weight", None)))
-        if not reason and weight is not None and owner[weight] is not None:
+        if stacks:
+            for key, name in stacks.items():
+                if not reason and name is not None and owner[name] is not None:
+                    uses.setdefault(name, []).append(stack_name(module_name, key))
+            reasons.update({name: reason or _NO_STACK for name in own.values() if name not in uses})
+        elif not reason and weight is not None and owner[weight] is not None:
             uses.setdefault(weight, []).append(module_name)
             reasons.update({name: _OTHERS for name in own.values() if owner[name] != owner[weight]})
         else:
@@ -132,11 +147,14 @@ def _why_not(name: str, module: nn.Module, config: SketchConfig) -> str:
     rule = rule_for(module)
     if isinstance(module, nn.ParameterDict | nn.ParameterList):
         return "a bare parameter: no layer of its own multiplies with it"
-    if rule is None:
+    stacks = stacks_of(module)
+    if rule is None and not stacks:
         return f"{type(module).__name__} is not a known layer type"
     if not _matches(name, config.modules.split(",")) or _matches(name, config.exclude):
         return "left out by the settings"
-    return rule.why_not(module) if isinstance(getattr(module, "weight", None), Tensor) else ""
+    if stacks:
+        return why_not_watched(module)
+    return rule.why_not(module) if rule and isinstance(getattr(module, "weight", None), Tensor) else ""
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -144,7 +162,8 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def _weight_plan(
-    module: nn.Module,
+    module: nn.Module | None,
+    parameter: nn.Parameter,
     name: str,
     modules: list[str],
     names: dict[int, str],
@@ -152,18 +171,18 @@ def _weight_plan(
     rank: int,
     offset: int,
 ) -> WeightPlan:
-    rule = rule_for(module)
-    assert rule is not None
-    assert isinstance(module.weight, Tensor)
-    rows, columns = as_matrix(module.weight).shape
+    """``module`` is the first that uses the weight; None for a stack of experts, one matrix above the other."""
+    rule = rule_for(module) if module is not None else None
+    columns = parameter.shape[-1] if rule is None else as_matrix(parameter).shape[1]
+    rows, bias_axis = parameter.numel() // columns, 1 if rule is None else rule.bias_axis
     bias = getattr(module, "bias", None)
     with_bias = isinstance(bias, Tensor) and bias.requires_grad and owner[names[id(bias)]] == owner[name]
     if with_bias:
-        rows, columns = (rows + 1, columns) if rule.bias_axis == 0 else (rows, columns + 1)
+        rows, columns = (rows + 1, columns) if bias_axis == 0 else (rows, columns + 1)
     return WeightPlan(
         name=name,
         bias=names[id(bias)] if with_bias else "",
-        bias_axis=rule.bias_axis,
+        bias_axis=bias_axis,
         modules=tuple(modules),
         rows=rows,
         columns=columns,

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from trainer_attrib.numerics.projection import projection
 from trainer_attrib.numerics.second_moment import inverse_root, root_mean
-from trainer_attrib.numerics.sketching import add_bias, as_matrix, sketch_matrix
+from trainer_attrib.numerics.sketching import add_bias, sketch_matrix
 from trainer_attrib.tap.layers import Pair
 from trainer_attrib.tap.names import parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
-from trainer_attrib.tap.shards import shard_of
+from trainer_attrib.tap.shards import Shard, shard_of
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Weight name -> row means [R] and column means [C] of its second moment."""
@@ -76,14 +76,19 @@ class Projections:
         pair, part = self._pairs[weight.name], shard_of(tensor)
         left, right = pair.sides
         if part.local.shape != tensor.shape:  # a vector is one row: its shards are columns
-            left, right = (left, right[:, part.span]) if tensor.dim() == 1 else (left[:, part.span], right)
-        sketch = sketch_matrix(as_matrix(part.local).to(pair.left.dtype), left, right)
+            left, right = (left, right[:, part.span]) if tensor.dim() == 1 else (_of_shard(left, part, len(tensor)), right)
+        sketch = sketch_matrix(weight.matrix_of(part.local).to(pair.left.dtype), left, right)
         if bias is None or pair.bias is None:
             return sketch
         part = shard_of(bias)
         other = pair.sides[1 - weight.bias_axis]
         other = other if part.local.shape == bias.shape else other[:, part.span]
         return add_bias(sketch, part.local.to(other.dtype), weight.bias_axis, other, pair.bias)
+
+
+def _of_shard(left_KR: Tensor, part: Shard, entries: int) -> Tensor:
+    """The columns of a shard of a weight's first axis, of which an entry is a row or, in a stack, several."""
+    return left_KR.unflatten(1, (entries, -1))[:, part.span].flatten(1)
 
 
 def _reference(parameter: Tensor) -> Tensor:

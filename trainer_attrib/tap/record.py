@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer_attrib.numerics.sketching import sketch_examples
+from trainer_attrib.numerics.sketching import sketch_examples, sketch_owned
 from trainer_attrib.tap.layers import LayerRule, Rule
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 from trainer_attrib.tap.segments import Segments
@@ -52,6 +52,23 @@ class Record:
         else:
             sketch_BK = self.segments.sketch(left_BSK.flatten(0, 1), right_BSK.flatten(0, 1)).flatten(1)
         self._add(module, weight, sketch_BK)
+
+    def owners(self, tokens: int) -> Tensor | None:
+        """The example of each of the batch's flattened tokens, [T]; None if that many cannot be told apart.
+
+        Tokens of a packed row that belong to no document have the number after the last.
+        """
+        if self.segments is not None:
+            return self.segments.owners if tokens == self.segments.tokens else None
+        if tokens % self.rows:
+            return None
+        rows = torch.arange(self.rows, device=self._like.device) % self.examples
+        return rows.repeat_interleave(tokens // self.rows)
+
+    def add_routed(self, module: str, weight: WeightPlan, left_PK: Tensor, right_PK: Tensor, owner_P: Tensor) -> None:
+        """Add the contribution of tokens in any order, whose examples are given as :meth:`owners` numbers them."""
+        sketch_BKK = sketch_owned(left_PK, right_PK, owner_P, self.examples + (self.segments is not None))
+        self._add(module, weight, sketch_BKK[: self.examples].flatten(1))
 
     def _add(self, module: str, weight: WeightPlan, sketch_BK: Tensor) -> None:
         known = self._parts.get(weight.name)

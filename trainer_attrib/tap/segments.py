@@ -78,6 +78,14 @@ class Segments:
         return values.flatten()[index_NL] * mask_NL, mask_NL
 
     @cached_property
+    def owners(self) -> Tensor:
+        """The document of each of the batch's flattened tokens, [T]; ``len(self)`` for those in none."""
+        owner_T = torch.full((self.tokens,), len(self))
+        for document, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            owner_T[start : start + length] = document
+        return owner_T.to(self.device)
+
+    @cached_property
     def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
         """Token of each place of each block [M, S], the places that hold none, and each block's document [M].
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.names import parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan, WeightPlan
@@ -45,7 +44,7 @@ def project_gradient(plan: SketchPlan, projections: Projections, gradients: Grad
 
 def whole_weight(weight: WeightPlan, tensors: Gradients) -> Tensor:
     """The tensor of a weight with its bias's appended, [R, C]."""
-    matrix_RC = as_matrix(tensors[weight.name])
+    matrix_RC = weight.matrix_of(tensors[weight.name])
     if not weight.bias:
         return matrix_RC
     return torch.cat([matrix_RC, tensors[weight.bias].unsqueeze(weight.bias_axis)], dim=weight.bias_axis)
