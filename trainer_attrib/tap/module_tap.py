@@ -25,10 +25,12 @@ from trainer_attrib.tap.record import NO_BATCH, Record
 from trainer_attrib.tap.routed import Product, RoutedProducts, Stack
 from trainer_attrib.tap.segments import Segments
 from trainer_attrib.tap.sites import Experts, Site, experts_of, full_precision, sites_of
-from trainer_attrib.tap.traced import TracedModules, watch_traced
+from trainer_attrib.tap.traced import TracedModules, skip_traced, watch_traced
 from trainer_attrib.types import Layout
 
+_COMPILED = "experts in compiled code are not captured yet"
 _OVERLAPPING = "reentrant checkpointing, with several forward passes before one backward pass"
+
 
 class ModuleTap:
     """Forward hooks on every module of a plan. Captures into ``record`` while one is set, otherwise does nothing.
@@ -154,9 +156,7 @@ class ModuleTap:
             return
         factors_of = site.watch(x, self.projections[site.weight.name])
         record.forwards[site.name] += not recomputed
-        self._when_backward(
-            output, record, lambda gradient: record.add(site.name, site.weight, *factors_of(gradient))
-        )
+        self._when_backward(output, record, lambda gradient: record.add(site.name, site.weight, *factors_of(gradient)))
 
     def _when_backward(self, output: Tensor, record: Record, add: Callable[[Tensor], None]) -> None:
         def after_backward(gradient: Tensor | None) -> None:
@@ -175,12 +175,16 @@ class ModuleTap:
         _hook_gradient(output, after_backward)
 
     def _before_experts(self, experts: Experts) -> Callable[..., None]:
+        key, names = self._traced.key, tuple(name for name, _ in experts.stacks.values())
+
         def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             record = self.record
-            if record is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if record is None or not torch.is_grad_enabled():
                 return
+            if torch.compiler.is_compiling():
+                return skip_traced(key, names, _COMPILED)
             recomputed = torch._C._current_graph_task_id() != -1
-            if recomputed and any(record.forwards[name] for name, _ in experts.stacks.values()):
+            if recomputed and any(record.forwards[name] for name in names):
                 return
             began = time.perf_counter()
             try:
@@ -200,7 +204,7 @@ class ModuleTap:
         weights = dict(experts.stacks.values())
         owner_T = record.owners(tokens.shape[:-1].numel())
         if self.traced or owner_T is None or (recomputed and self._overlapping):
-            why = "experts in a compiled model" if self.traced else _OVERLAPPING if owner_T is not None else NO_BATCH
+            why = _COMPILED if self.traced else _OVERLAPPING if owner_T is not None else NO_BATCH
             record.skipped |= dict.fromkeys(weights, why)
             return
         stacks = [
@@ -213,10 +217,10 @@ class ModuleTap:
             weight, began = weights[product.stack], time.perf_counter()
             right_KI = self.projections[weight.name].right
             with full_precision(right_KI.device.type):
-                right_PK = F.linear(product.x_PI.to(right_KI.dtype), right_KI)
+                right_PK = F.linear(product.x.to(right_KI.dtype), right_KI)
 
             def add(gradient: Tensor) -> None:
-                record.add_routed(product.stack, weight, product.project(gradient), right_PK, product.owner_P)
+                record.add_routed(product.stack, weight, product.project(gradient), right_PK, product.owner)
 
             self._when_backward(product.output, record, add)
             record.forwards[product.stack] += not recomputed

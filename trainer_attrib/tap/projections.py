@@ -76,7 +76,10 @@ class Projections:
         pair, part = self._pairs[weight.name], shard_of(tensor)
         left, right = pair.sides
         if part.local.shape != tensor.shape:  # a vector is one row: its shards are columns
-            left, right = (left, right[:, part.span]) if tensor.dim() == 1 else (_of_shard(left, part, len(tensor)), right)
+            if tensor.dim() == 1:
+                right = right[:, part.span]
+            else:
+                left = of_shard(left, part, len(tensor))
         sketch = sketch_matrix(weight.matrix_of(part.local).to(pair.left.dtype), left, right)
         if bias is None or pair.bias is None:
             return sketch
@@ -86,7 +89,7 @@ class Projections:
         return add_bias(sketch, part.local.to(other.dtype), weight.bias_axis, other, pair.bias)
 
 
-def _of_shard(left_KR: Tensor, part: Shard, entries: int) -> Tensor:
+def of_shard(left_KR: Tensor, part: Shard, entries: int) -> Tensor:
     """The columns of a shard of a weight's first axis, of which an entry is a row or, in a stack, several."""
     return left_KR.unflatten(1, (entries, -1))[:, part.span].flatten(1)
 

@@ -36,8 +36,8 @@ class Product(NamedTuple):
     """One product of tokens with experts."""
 
     stack: str
-    x_PI: Tensor
-    owner_P: Tensor  # the example of each row
+    x: Tensor  # [P, in]
+    owner: Tensor  # [P], the example of each row
     output: Tensor
     project: Callable[[Tensor], Tensor]  # gradient of the output -> [P, K]
 

@@ -94,6 +94,12 @@ def _skip(key: str, name: str, why: str) -> bool:
     return True
 
 
+def skip_traced(key: str, names: tuple[str, ...], why: str) -> None:
+    """Leave these modules out of the graph that is being traced."""
+    for name in names:
+        _skip(key, name, why)
+
+
 class _Tap(torch.autograd.Function):
     """Output -> the same output; the leaf's gradient is what ``sketch_of`` makes of the output's."""
 
