@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.integrations.test_lightning_resume import Loader
 from tests.support import support
 from trainer_attrib.capture.recorder import Recorder
 from trainer_attrib.ledger.reader import Ledger
@@ -26,13 +27,15 @@ pl = pytest.importorskip("lightning.pytorch")
 accelerate = pytest.importorskip("accelerate")
 
 import datasets  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 from trainer_attrib.integrations import huggingface, lightning  # noqa: E402
 
 
 @support("Training loops", "Hugging Face Trainer")
 class TestHuggingFace(IntegrationContract):
-    unsupported: ClassVar = {"skipped steps": "fp16 needs a GPU in transformers"}
+    unsupported: ClassVar = {}
     event_order: ClassVar = {
         "transformers 5.23": [
             "on_train_begin",
@@ -52,10 +55,12 @@ class TestHuggingFace(IntegrationContract):
             use_cpu=True, save_strategy="steps" if run.save_every else "no", save_steps=run.save_every or 1,
             seed=run.seed, **limits,
         )  # fmt: skip
-        return transformers.Trainer(
+        trainer = transformers.Trainer(
             model, arguments, train_dataset=datasets.Dataset.from_list(list(run.examples)), data_collator=collate,
             callbacks=callbacks, optimizers=run.tuning(model.parameters()),
         )  # fmt: skip
+        trainer.accelerator.scaler = scaler_of(run)  # as accelerate does for fp16, but on a GPU only
+        return trainer
 
     def train(self, run: Run) -> Trained:
         options = {"stage": "one", "sketch": run.sketch, "strict": run.strict}
@@ -74,12 +79,17 @@ class TestHuggingFace(IntegrationContract):
         return f"transformers {transformers.__version__}", seen
 
 
+class Scaling(MixedPrecision):
+    """A gradient scaler without half precision."""
+
+    def forward_context(self) -> Any:
+        return nullcontext()
+
+
 @support("Training loops", "Lightning, automatic optimization")
+@pytest.mark.filterwarnings("ignore:.*you used `ckpt_path`", "ignore:Checkpoint directory")
 class TestLightning(IntegrationContract):
-    unsupported: ClassVar = {
-        "resume": "the callback keeps no state in Lightning's checkpoints yet",
-        "skipped steps": "a scaler's are in test_lightning_precision.py",
-    }
+    unsupported: ClassVar = {}
     event_order: ClassVar = {
         "lightning 2.6": [
             "on_train_start",
@@ -96,17 +106,21 @@ class TestLightning(IntegrationContract):
         monkeypatch.setattr(signal, "signal", lambda *args: None)
 
     def trainer(self, run: Run, callbacks: list[Any]) -> Any:
+        if run.save_every:
+            callbacks = [*callbacks, ModelCheckpoint(run.folder, filename="{step}", every_n_train_steps=run.save_every)]
+        scaler = scaler_of(run)
         return pl.Trainer(
             max_epochs=run.epochs or -1, max_steps=run.max_steps or -1, accumulate_grad_batches=run.accumulate,
-            gradient_clip_val=run.clip, callbacks=callbacks, logger=False, enable_checkpointing=False,
+            gradient_clip_val=run.clip, callbacks=callbacks, logger=False, enable_checkpointing=bool(run.save_every),
             enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", default_root_dir=str(run.folder),
+            plugins=[Scaling("16-mixed", "cpu", scaler)] if scaler else [],
         )  # fmt: skip
 
     def train(self, run: Run) -> Trained:
         options = {"stage": "one", "sketch": run.sketch, "strict": run.strict}
         callbacks = [] if run.ledger is None else [lightning.AttributionCallback(run.ledger, **options)]
-        module = Lit(run)
-        self.trainer(run, callbacks).fit(module, run.loader())
+        module, checkpoint = Lit(run), next(run.folder.glob("*.ckpt")) if run.resume else None
+        self.trainer(run, callbacks).fit(module, resumable(run), ckpt_path=checkpoint, weights_only=False)
         return Trained(module, module.losses)
 
     def events(self, run: Run) -> tuple[str, list[str]]:
@@ -119,6 +133,12 @@ class TestLightning(IntegrationContract):
         module.configure_optimizers = lambda: optimizer
         self.trainer(run, [noting(pl.Callback, names, seen)]).fit(module, run.loader())
         return f"lightning {pl.__version__}", seen
+
+
+def resumable(run: Run) -> Any:
+    """The run's loader, which Lightning can resume in mid-epoch if checkpoints are saved."""
+    options = {"batch_size": run.batch_size, "collate_fn": collate, "num_workers": run.workers}
+    return Loader(list(run.examples), **options) if run.save_every else run.loader()
 
 
 class Lit(pl.LightningModule):
@@ -141,15 +161,18 @@ class Lit(pl.LightningModule):
 class Loop(IntegrationContract):
     """A training loop of one's own around the recorder, from whatever step it is at."""
 
-    unsupported: ClassVar = {"skipped steps": "no gradient scaler", "event order": "no events are relied on"}
+    unsupported: ClassVar = {"event order": "no events are relied on"}
 
-    def recorded(self, run: Run, model: nn.Module, optimizer: Any, done: int, loop: Callable[[Any], None]) -> None:
+    def recorded(
+        self, run: Run, model: nn.Module, optimizer: Any, done: int, loop: Callable[[Any], None], scaler: Any = None
+    ) -> None:
         """What ``with Recorder(...)`` does, where a loop may begin after a checkpoint."""
         if run.ledger is None:
             return loop(None)
         recorder = Recorder(
-            run.ledger, stage="one", model=model, optimizer=optimizer, sketch=run.sketch, strict=run.strict
-        )
+            run.ledger, stage="one", model=model, optimizer=optimizer, sketch=run.sketch, strict=run.strict,
+            scaler=scaler,
+        )  # fmt: skip
         recorder.clip_threshold = run.clip
         recorder.start(after_step=done)
         try:
@@ -171,6 +194,7 @@ class TestPlainLoop(Loop):
         optimizer, schedule = run.tuning(model.parameters())
         checkpoint, done = run.folder / "checkpoint.pt", 0
         parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        scaler = scaler_of(run) or torch.amp.GradScaler("cpu", enabled=False)
         if run.resume:
             state = torch.load(checkpoint)
             done = state.pop("step")
@@ -184,19 +208,21 @@ class TestPlainLoop(Loop):
                 for batch in window:
                     with recorder.batch(batch["id"]) if recorder else nullcontext():
                         loss = model(input_ids=batch["input_ids"], labels=batch["labels"])["loss"] / run.accumulate
-                        loss.backward()
+                        scaler.scale(loss).backward()
                     if recorder:
                         recorder.note_loss(loss)
                     losses.append(float(loss.detach()))
+                scaler.unscale_(optimizer)
                 if run.clip:
                     nn.utils.clip_grad_norm_(model.parameters(), run.clip)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 schedule.step()
                 optimizer.zero_grad()
                 if run.save_every and step % run.save_every == 0:
                     torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, checkpoint)
 
-        self.recorded(run, model, optimizer, done, loop)
+        self.recorded(run, model, optimizer, done, loop, scaler)
         return Trained(model, losses)
 
 
@@ -208,6 +234,7 @@ class TestAccelerate(Loop):
 
     def train(self, run: Run) -> Trained:
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=run.accumulate)
+        accelerator.scaler = scaler_of(run)  # as it makes one for fp16, but on a GPU only
         plain, losses = run.model(), []
         tuning = run.tuning(plain.parameters())
         model, optimizer, schedule, loader = accelerator.prepare(plain, *tuning, run.loader())
@@ -247,6 +274,11 @@ class TestAccelerate(Loop):
 
         self.recorded(run, accelerator.unwrap_model(model), optimizer, done, loop)
         return Trained(plain, losses)
+
+
+def scaler_of(run: Run) -> Any:
+    """A CPU's gradient scaler, for a run that overflows one."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**10) if run.overflow_at else None
 
 
 def noting(base: type, names: tuple[str, ...], seen: list[str]) -> Any:

@@ -32,8 +32,8 @@ PER_EPOCH = ROWS // BATCH
 class Loader(DataLoader):
     """One that Lightning can resume in mid-epoch, as it resumes torchdata's."""
 
-    def __init__(self, items: Any) -> None:
-        super().__init__(items, batch_size=BATCH)
+    def __init__(self, items: Any, **options: Any) -> None:
+        super().__init__(items, **options)
         self.__dict__.update(done=0, passed_over=0)
 
     def __iter__(self) -> Iterator[Any]:
@@ -44,7 +44,7 @@ class Loader(DataLoader):
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"done": self.done % PER_EPOCH}
+        return {"done": self.done % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.passed_over = state["done"]
@@ -67,7 +67,8 @@ def train(folder: Path, callbacks: list[Any], *, every: int = 1, resume: Path | 
     module.net.dropout.p = 0.0
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1, monitor=None)
     trainer = trainer_of("lightning.pytorch", folder, [*callbacks, saver], max_epochs=epochs, enable_checkpointing=True)
-    trainer.fit(module, Loader(data().dataset), data(), ckpt_path=str(resume) if resume else None, weights_only=False)
+    loader = Loader(data().dataset, batch_size=BATCH)
+    trainer.fit(module, loader, data(), ckpt_path=str(resume) if resume else None, weights_only=False)
     return trainer
 
 

@@ -195,14 +195,24 @@ class IntegrationContract:
         _check_rows(stage, steps, Expected(resumed, stage))
         _check_steps(resumed, stage, steps, Expected(resumed, stage))
 
-    def test_steps_skipped_by_a_scaler_are_not_counted_as_executed(self, tmp_path: Path) -> None:
-        """A gradient that overflows is not applied: no weight moves, and no row claims that its example trained it."""
+    @pytest.mark.parametrize(("accumulate", "overflow_at"), [(1, 3), (3, 5)], ids=["one", "in a window of three"])
+    def test_steps_skipped_by_a_scaler_are_not_counted_as_executed(
+        self, accumulate: int, overflow_at: int, tmp_path: Path
+    ) -> None:
+        """A gradient that overflows is not applied: no weight moves, and no row claims that its example trained it.
+        What is applied has the rows, losses and weights of a run that left the skipped window out."""
         self._needs("skipped steps")
-        run = Run(tmp_path, tmp_path / "ledger", epochs=2, overflow_at=3)
+        run = Run(tmp_path, tmp_path / "ledger", epochs=3, accumulate=accumulate, overflow_at=overflow_at)
         _seeded(self, run)
-        table, sketches = _rows(_stage(run))
-        assert np.isfinite(sketches).all()
-        assert len(table) == 2 * len(run.examples) - 2  # the third micro-batch holds the last two
+        stage, steps = _stage(run), reference_steps(run)
+        assert len(steps) == 9 // accumulate - 1
+        expected = Expected(run, stage)
+        _check_rows(stage, steps, expected)
+        _check_steps(run, stage, steps, expected)
+        (skipped,) = stage.skipped_steps().to_pylist()
+        assert (skipped["step"], skipped["rows"], skipped["captured"]) == ((overflow_at - 1) // accumulate, 0, False)
+        for name, weight in steps[-1].weights.items():
+            _assert_close(dict(run.made[0].named_parameters())[name].detach(), weight, PRECISION)
 
     def test_events_come_in_the_order_relied_on(self, tmp_path: Path) -> None:
         """Pinned by version of the framework; one that is not listed must keep the newest order, and says so if not."""

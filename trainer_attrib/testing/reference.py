@@ -41,13 +41,16 @@ class ReferenceStep:
 
 
 def reference_steps(run: Run) -> list[ReferenceStep]:
-    """All steps of a run without dropout, in the order of its examples."""
+    """All steps of a run without dropout, in the order of its examples; none where its loss overflows a scaler."""
     assert not run.shuffle
     assert not run.dropout
     model = replace(run, dtype=torch.float64, breaks_at=0).model()
     optimizer, schedule = run.tuning(model.parameters())
-    steps = []
+    steps, seen = [], 0
     for epoch, window in _windows(run):
+        first, seen = seen + 1, seen + len(window)
+        if first <= run.overflow_at <= seen:
+            continue
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         examples, denominators, losses = [], [], []
         for batch in window:

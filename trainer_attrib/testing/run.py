@@ -26,10 +26,18 @@ class Classifier(nn.Module):
     Args:
         dropout: share of hidden numbers set to 0.
         breaks_at: the training forward pass, counted from 1, that raises ``error``.
+        overflows_at: the training forward pass, counted from 1, whose loss is infinite, and so are its gradients.
     """
 
-    def __init__(self, dropout: float = 0.0, breaks_at: int = 0, error: type[BaseException] = RuntimeError) -> None:
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        breaks_at: int = 0,
+        error: type[BaseException] = RuntimeError,
+        overflows_at: int = 0,
+    ) -> None:
         super().__init__()
+        self.overflows_at = overflows_at
         self.embedding, self.dropout = nn.Embedding(TOKENS, 6), nn.Dropout(dropout)
         self.body, self.head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
         self.breaks_at, self.error, self.passes = breaks_at, error, 0
@@ -48,7 +56,9 @@ class Classifier(nn.Module):
         if self.training and self.passes == self.breaks_at:
             raise self.error("stopped")
         logits = self.logits(input_ids)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        loss = F.cross_entropy(logits, labels)
+        overflows = self.training and self.passes == self.overflows_at
+        return {"loss": loss * torch.inf if overflows else loss, "logits": logits}
 
 
 def make_examples(count: int = 10) -> list[Example]:
@@ -94,7 +104,8 @@ class Run:
         error: what it raises.
         save_every: optimizer steps between checkpoints in ``folder``; 0 for no checkpoints.
         resume: go on from the last checkpoint in ``folder``, into the same stage.
-        overflow_at: micro-batch, counted from 1, whose loss overflows a gradient scaler; 0 trains without a scaler.
+        overflow_at: micro-batch, counted from 1, whose loss the model makes infinite: train under a gradient scaler,
+            which skips its step, in full precision otherwise; 0 trains without a scaler.
     """
 
     folder: Path
@@ -125,7 +136,7 @@ class Run:
         """A new model, the same each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model = Classifier(self.dropout, self.breaks_at, self.error).to(self.dtype)
+            model = Classifier(self.dropout, self.breaks_at, self.error, self.overflow_at).to(self.dtype)
         self.made.append(model)
         return model.train()
 
