@@ -45,7 +45,7 @@ class TestHuggingFace(IntegrationContract):
         ],
     }  # fmt: skip
 
-    def trainer(self, run: Run, callbacks: list[Any]) -> Any:
+    def trainer(self, run: Run, callbacks: list[Any], **settings: Any) -> Any:
         model = run.model()
         limits = {"max_steps": run.max_steps or -1} | ({"num_train_epochs": run.epochs} if run.epochs else {})
         arguments = transformers.TrainingArguments(
@@ -53,7 +53,7 @@ class TestHuggingFace(IntegrationContract):
             gradient_accumulation_steps=run.accumulate, dataloader_num_workers=run.workers, logging_steps=1,
             train_sampling_strategy="random" if run.shuffle else "sequential", report_to=[], disable_tqdm=True,
             use_cpu=True, save_strategy="steps" if run.save_every else "no", save_steps=run.save_every or 1,
-            seed=run.seed, **limits,
+            seed=run.seed, **limits, **settings,
         )  # fmt: skip
         trainer = transformers.Trainer(
             model, arguments, train_dataset=datasets.Dataset.from_list(list(run.examples)), data_collator=collate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.support import support
 from trainer_attrib import Analyzer, Ledger, SketchConfig
+from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.integrations.huggingface import AttributionCallback
+from trainer_attrib_integrations import sidecar
 
 RAW = SketchConfig(rank=4, correction="none", dtype="float32")
 
@@ -113,3 +116,48 @@ def test_starting_over_under_the_same_name_is_refused_before_the_first_step(tmp_
     with pytest.raises(FileExistsError, match="resume it from a checkpoint"):
         again.train()
     assert Ledger(ledger).stage("one").count("steps") == 3
+
+
+def test_a_checkpoint_of_another_recording_is_refused_before_the_first_step(tmp_path, trainer_for):
+    """Both are called "one" and broke off; the file beside the checkpoint tells them apart."""
+    for name in ("mine", "other"):
+        callback = AttributionCallback(tmp_path / f"{name}-ledger", stage="one", sketch=RAW)
+        with pytest.raises(KeyboardInterrupt):
+            trainer_for(name, [callback, BreaksOff(3)]).train()
+    again = trainer_for("mine", [AttributionCallback(tmp_path / "mine-ledger", stage="one", sketch=RAW)])
+    with pytest.raises(ConfigurationError, match="none of recording 'one'"):
+        again.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-2"))
+    assert Ledger(tmp_path / "mine-ledger").stage("one").count("steps") == 3
+
+
+def test_a_checkpoint_taken_without_recording_is_refused_where_the_name_is_taken(tmp_path, trainer_for):
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for("plain", [BreaksOff(3)]).train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for("mine", [AttributionCallback(tmp_path / "ledger", stage="one", sketch=RAW), BreaksOff(3)]).train()
+    again = trainer_for("plain", [AttributionCallback(tmp_path / "ledger", stage="one", sketch=RAW)])
+    with pytest.raises(ConfigurationError, match="it was taken without recording"):
+        again.train(resume_from_checkpoint=True)
+
+
+@support("Training loops", "Hugging Face Trainer, checkpoint and resume")
+def test_two_callbacks_share_the_file_beside_a_checkpoint(tmp_path, trainer_for):
+    """Each goes on with its own ledger. (The column's ids reach only one of them, the other names by content.)"""
+
+    def both() -> list[Any]:
+        return [AttributionCallback(tmp_path / name, stage="one", sketch=RAW, strict=True) for name in ("a", "b")]
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for("broken", [*both(), BreaksOff(5)]).train()
+    noted = json.loads((tmp_path / "broken" / "checkpoint-4" / sidecar.NAME).read_text())["stages"]
+    assert [(entry["stage"], entry["step"]) for entry in noted] == [("one", 4)] * 2
+    assert len({entry["began"] for entry in noted}) == 2
+    trainer_for("broken", both()).train(resume_from_checkpoint=True)
+    first, second = (
+        {(step, row): found for (step, row, _), found in rows_of(tmp_path / name).items()} for name in ("a", "b")
+    )
+    assert first == second
+    assert len(first) == 36
+    for name in ("a", "b"):
+        stage = Ledger(tmp_path / name).stage("one")
+        assert (stage.meta["status"], stage.count("steps")) == ("complete", 9)

@@ -138,7 +138,8 @@ class StageReader:
         return self._steps(skipped=False)
 
     def skipped_steps(self) -> pa.Table:
-        """Steps that a gradient scaler skipped, in order; ``step`` counts the steps executed before each."""
+        """Steps that a gradient scaler skipped, in order; ``step`` counts the steps executed before each. One that was
+        skipped after the checkpoint that a run resumed from, before any was executed, is listed by both attempts."""
         return self._steps(skipped=True)
 
     def _steps(self, *, skipped: bool) -> pa.Table:
