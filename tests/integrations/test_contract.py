@@ -59,8 +59,7 @@ class TestHuggingFace(IntegrationContract):
             model, arguments, train_dataset=datasets.Dataset.from_list(list(run.examples)), data_collator=collate,
             callbacks=callbacks, optimizers=run.tuning(model.parameters()),
         )  # fmt: skip
-        trainer.accelerator.scaler = scaler_of(run)  # as accelerate does for fp16, but on a GPU only
-        return trainer
+        return scaled(trainer, scaler_of(run))
 
     def train(self, run: Run) -> Trained:
         options = {"stage": "one", "sketch": run.sketch, "strict": run.strict}
@@ -279,6 +278,15 @@ class TestAccelerate(Loop):
 def scaler_of(run: Run) -> Any:
     """A CPU's gradient scaler, for a run that overflows one."""
     return torch.amp.GradScaler("cpu", init_scale=2.0**10) if run.overflow_at else None
+
+
+def scaled(trainer: Any, scaler: Any) -> Any:
+    """The Trainer with what accelerate would give it for fp16, if there were a GPU."""
+    accelerator = trainer.accelerator
+    if scaler is not None:
+        accelerator.scaler = scaler
+        accelerator.unscale_gradients = lambda: [scaler.unscale_(each.optimizer) for each in accelerator._optimizers]
+    return trainer
 
 
 def noting(base: type, names: tuple[str, ...], seen: list[str]) -> Any:

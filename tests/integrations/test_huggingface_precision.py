@@ -33,7 +33,7 @@ def trainer_of(run: Run, kind: str = "") -> Any:
     callbacks = [AttributionCallback(run.ledger, stage="one", sketch=run.sketch, strict=True)] if run.ledger else []
     trainer = test_contract.TestHuggingFace().trainer(run, callbacks, bf16=kind == "bf16")
     if kind == "fp16":
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
+        test_contract.scaled(trainer, torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1))
         trainer.model.forward = torch.autocast("cpu", dtype=torch.float16)(trainer.model.forward)
     return trainer
 

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from trainer_attrib.capture.denominator import DenominatorProbe
 from trainer_attrib.capture.example_ids import id_strings, sampled
+from trainer_attrib.capture.messages import logger
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.numerics.sketching import unit_rows
 from trainer_attrib.tap.plan import WeightPlan
 from trainer_attrib.tap.record import Record
 from trainer_attrib.types import SketchConfig
+
+LIMIT, PILE = 2**28, 64
+"""Captured numbers (1 GiB) that may wait for a step of their optimizer; micro-batches from one check to the next."""
 
 Describe = Callable[[Tensor, Tensor | None], Sequence[str]]
 """(token rows [R, S], mask [R, S] or None) -> the text of each row."""
@@ -71,29 +75,60 @@ class Window:
     micro_batches: list[MicroBatch] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     norms: list[tuple[Tensor, float]] = field(default_factory=list)  # before clipping, threshold
+    given_up: set[str] = field(default_factory=set)  # weights of which too much had piled up
+    warned: bool = False
 
     def add(self, micro_batch: MicroBatch) -> None:
-        """Append; forwards that nothing backpropagated are forgotten once they pile up."""
-        if len(self.micro_batches) >= 64:
+        """Append. Once they pile up, forwards that nothing backpropagated are forgotten, and memory is bounded."""
+        if self.micro_batches and len(self.micro_batches) % PILE == 0:
+            self._give_up()
             self.micro_batches = [m for m in self.micro_batches if m.trained]
         self.micro_batches.append(micro_batch)
+
+    def _give_up(self) -> None:
+        """Bound what waits for a step: weights that have waited longest lose all of it, and their next step its rows.
+
+        A part of the rows would be worse than none: nothing would say that the others trained as well.
+        """
+        for micro in self.micro_batches:
+            if sum(m.record.size for m in self.micro_batches) <= LIMIT:
+                return
+            if weights := micro.record.held:
+                self._warn(weights)
+                self.forget(weights)
+                self.given_up |= {weight.name for weight in weights}
+
+    def _warn(self, weights: Sequence[WeightPlan]) -> None:
+        if not self.warned:
+            logger.warning(
+                "%d micro-batches wait for the optimizer of '%s' (and %d other weights) to step or to discard their "
+                "gradients. What was captured of them is dropped to bound memory; its next step has no rows. "
+                "Record only optimizers that step, or leave these weights out: SketchConfig(exclude=...).",
+                len(self.micro_batches), weights[0].name, len(weights) - 1,
+            )  # fmt: skip
+        self.warned = True
 
     def take(self, weights: Sequence[WeightPlan] | None) -> Window:
         """What a step used, removed from here: everything, or what these weights took, if optimizers take turns."""
         taken = Window(losses=self.losses, norms=self.norms)
         self.losses, self.norms = [], []
+        names = self.given_up if weights is None else {weight.name for weight in weights}
+        lost, self.given_up = self.given_up & names, self.given_up - names
         if weights is None:
             taken.micro_batches, self.micro_batches = self.micro_batches, []
-            return taken
-        taken.micro_batches = [replace(micro, record=micro.record.take(weights)) for micro in self.micro_batches]
+        else:
+            taken.micro_batches = [replace(micro, record=micro.record.take(weights)) for micro in self.micro_batches]
+        if lost:
+            taken.micro_batches = []
         return taken
 
     def holds(self, weight: str) -> bool:
-        """Whether anything of this weight is captured here."""
-        return any(micro.record.holds(weight) for micro in self.micro_batches)
+        """Whether anything of this weight is captured here, or was until it had to be given up."""
+        return weight in self.given_up or any(micro.record.holds(weight) for micro in self.micro_batches)
 
     def forget(self, weights: Sequence[WeightPlan]) -> None:
         """Drop what was captured of some weights: training threw their gradients away."""
+        self.given_up -= {weight.name for weight in weights}
         for micro in self.micro_batches:
             micro.record.take(weights)
 

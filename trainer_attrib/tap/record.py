@@ -124,6 +124,18 @@ class Record:
         scaled = torch.cat([self._part(weight) for weight in self._plan.weights], dim=1)
         return scaled if self.loss_scale is None else scaled / self.loss_scale
 
+    @property
+    def held(self) -> list[WeightPlan]:
+        """The weights of which anything is captured here."""
+        self._gather()
+        return [weight for weight in self._plan.weights if weight.name in self._parts]
+
+    @property
+    def size(self) -> int:
+        """How many numbers are captured here."""
+        self._gather()
+        return sum(part.numel() for part in self._parts.values())
+
     def holds(self, weight: str) -> bool:
         """Whether anything of this weight is captured here."""
         self._gather()
