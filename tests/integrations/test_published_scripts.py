@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ class Script:
     argument_after: str
     import_line: str = HUGGING_FACE
     arguments: dict[str, str] = field(default_factory=dict)
+    argument: str = CALLBACK
 
     def published(self) -> str:
         """The script as it is."""
@@ -74,7 +76,7 @@ class Script:
 
     def with_callback(self, text: str) -> str:
         """The script with one import and one argument more."""
-        for place, added in ((self.import_after, self.import_line), (self.argument_after, CALLBACK)):
+        for place, added in ((self.import_after, self.import_line), (self.argument_after, self.argument)):
             assert text.count(place) == 1, f"{self.place} changed: {place!r} is not there once"
             text = text.replace(place, place + added)
         return text
@@ -85,7 +87,7 @@ class Script:
         text = self.published()
         if recorded:
             text = self.with_callback(text)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         before, argv = Path.cwd(), sys.argv
         os.chdir(folder)
         try:
@@ -163,6 +165,18 @@ RUN_CLM = Script(
 LIGHTNING_TRANSFORMER = Script(
     "pytorch-lightning/examples/pytorch/basics/transformer.py", wikitext,
     "import lightning as L\n", "L.Trainer(", LIGHTNING,
+)  # fmt: skip
+
+
+LIGHTNING_CLASSIFIER = Script(
+    "pytorch-lightning/examples/pytorch/basics/backbone_image_classifier.py", lambda: None,
+    "from lightning.pytorch.cli import LightningCLI\n", 'save_config_kwargs={"overwrite": True},', LIGHTNING,
+    {
+        "trainer.max_epochs": "1", "trainer.limit_train_batches": "6", "trainer.limit_val_batches": "1",
+        "trainer.limit_test_batches": "1", "trainer.limit_predict_batches": "1", "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+    },
+    argument=CALLBACK.replace("callbacks=[", 'trainer_defaults={"callbacks": [').replace("],", "]},"),
 )  # fmt: skip
 
 
@@ -262,3 +276,29 @@ def test_lightnings_language_model(tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], recorded[name]) for name in plain)
     stage = stage_of(tmp_path / "recorded")
     assert (stage.count("rows"), stage.count("examples"), stage.count("steps")) == (20 * 41, 41, 60)
+
+
+def images(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Made-up digits where the script looks for MNIST, and the one name of torchvision that it uses."""
+    place = folder / "Datasets" / "MNIST" / "complete"
+    place.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("training", 60_000), ("test", 64)):
+        pixels = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator)
+        torch.save((pixels, torch.randint(10, (count,), generator=generator)), place / f"{name}.pt")
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(transforms=SimpleNamespace(ToTensor=object)))
+    monkeypatch.setattr("lightning.pytorch.utilities.imports._TORCHVISION_AVAILABLE", True)
+    monkeypatch.setenv("PL_USE_MOCKED_MNIST", "1")
+
+
+def test_lightnings_image_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LIGHTNING_CLASSIFIER.published()
+    pytest.importorskip("jsonargparse")
+    images(monkeypatch, tmp_path)
+    LIGHTNING_CLASSIFIER.run(tmp_path / "run" / "plain", recorded=False)
+    LIGHTNING_CLASSIFIER.run(tmp_path / "run" / "recorded", recorded=True)
+    plain, recorded = (checkpoint(tmp_path / "run" / kind)["state_dict"] for kind in ("plain", "recorded"))
+    assert all(torch.equal(plain[name], recorded[name]) for name in plain)
+    stage = stage_of(tmp_path / "run" / "recorded")
+    assert (stage.count("rows"), stage.count("examples"), stage.count("steps")) == (6 * 32, 6 * 32, 6)
+    assert stage.meta["coverage"]["share"] == 1.0
