@@ -112,13 +112,14 @@ class AttributionCallback(TrainerCallback):
             facts=_facts(args, self._trainer),
             **self._options,
         ).start(after_step=after_step)
-        if state.global_step and not after_step:
+        leads = Processes.current().leads
+        if leads and state.global_step and not after_step:
             logger.info(
                 "stage '%s' begins after step %d of the training; what came before is not in it",
                 stage,
                 state.global_step,
             )
-        if not self._closes_itself:
+        if leads and not self._closes_itself:
             logger.warning(
                 "the callback was added after the trainer was made; if training breaks off between two training steps, "
                 "call its close(), or pass it to the trainer's constructor next time"
@@ -160,7 +161,7 @@ class AttributionCallback(TrainerCallback):
             ids = RidingIds(loader, *named)
             if ids.install():
                 self._ids = ids
-            else:
+            elif Processes.current().leads:
                 logger.warning("column '%s' does not fit the loader's rows; ids are content hashes", self._columns[0])
         self._wrapped.put(self._trainer, "training_step", self._naming(self._trainer.training_step))
         accelerator = self._trainer.accelerator
