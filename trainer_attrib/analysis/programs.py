@@ -8,19 +8,21 @@ it one optimizer step at a time through :class:`Steps`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer_attrib.errors import MissingProgramError
+from trainer_attrib.errors import ConfigurationError, MissingProgramError
 from trainer_attrib.ledger.reader import StageReader
 
 Program = Callable[[Any], Any]
 """Takes a model, returns what would train that very object: an object with ``train()``, or a function to call. To be
-run step by step it must be a trainer of a known framework, or :class:`Steps` itself (``Loop``, ``Fit``)."""
+run step by step it must be a trainer of a known framework, :class:`Steps` itself (``Loop``, ``Fit``), or an iterable
+(a list, a generator, a generator function) of losses, each of one optimizer step."""
 
 Loss = Callable[[], Tensor]
 """Computes the loss of one micro-batch at the model's present weights, 0-dim, with its gradient."""
@@ -70,14 +72,72 @@ _DRIVERS = {
 """Class of a trainer -> the module whose ``steps_of`` drives it, imported only when such a trainer is met."""
 
 
-def steps_of(prepared: Any) -> Steps | None:
-    """What a program returned, to be driven step by step; None if nobody knows how."""
+class Losses:
+    """The losses of a plain loop, one for each optimizer step, on whose gradients training did nothing more.
+
+    Args:
+        losses: they begin anew each time they are iterated over; an iterator can be driven once.
+        model: that they train.
+    """
+
+    def __init__(self, losses: Iterable[Loss], model: nn.Module) -> None:
+        self.losses, self.model = losses, model
+        self._spent = False
+
+    def steps(self, thin: int = 1) -> Iterator[Step]:
+        """One step per loss, ending where they end. What a loss is computed from is unknown: ``thin`` changes nothing.
+
+        Raises:
+            ConfigurationError: an iterator was driven before.
+        """
+        if self._spent:
+            raise ConfigurationError(
+                "The losses of this program were an iterator, which has been read already.",
+                fix="return a list or a generator function instead, or a Loop.",
+            )
+        self._spent = isinstance(self.losses, Iterator)
+        return (Step([loss]) for loss in self.losses)
+
+    def clip(self) -> None:
+        """Nothing: a loss says nothing of clipping. ``Loop`` does."""
+
+    def optimizer(self) -> Optimizer:
+        """Unknown.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        raise ConfigurationError(
+            "The program returned losses, which do not say with which optimizer they are trained.",
+            fix="return a Loop(..., make_optimizer=...).",
+        )
+
+
+def steps_of(prepared: Any, model: nn.Module | None = None) -> Steps | None:
+    """What a program returned, to be driven step by step; None if nobody knows how.
+
+    Args:
+        prepared: what the program returned.
+        model: that the program was given; an iterable of losses does not say which model they train.
+    """
     if isinstance(prepared, Steps):
         return prepared
     for base in type(prepared).__mro__:
         if module := _DRIVERS.get(f"{base.__module__}.{base.__qualname__}"):
             return importlib.import_module(module).steps_of(prepared)
-    return None
+    if model is None or isinstance(prepared, nn.Module | Mapping | str):
+        return None
+    if inspect.isgeneratorfunction(prepared):
+        return Losses(_Anew(prepared), model)
+    return Losses(prepared, model) if isinstance(prepared, Iterable) else None
+
+
+@dataclass(frozen=True)
+class _Anew:
+    generator: Callable[[], Iterator[Loss]]
+
+    def __iter__(self) -> Iterator[Loss]:
+        return self.generator()
 
 
 def check_programs(stages: Sequence[StageReader], programs: Mapping[str, Program] | None) -> Mapping[str, Program]:
