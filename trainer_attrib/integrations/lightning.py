@@ -1,3 +1,4 @@
-"""The callback for the Trainer of ``lightning.pytorch`` and ``pytorch_lightning``."""
+"""The callback for the Trainer of ``lightning.pytorch`` and ``pytorch_lightning``, and a program's answer for it."""
 
 from trainer_attrib_integrations.lightning import AttributionCallback as AttributionCallback
+from trainer_attrib_integrations.stepping_lightning import Fit as Fit
