@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer_attrib.capture.beside import stored_buffers, stored_moments, stored_state
 from trainer_attrib.capture.coverage import Coverage
 from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.processes import Processes, is_sharded, whole
 from trainer_attrib.capture.stage_facts import stage_facts
 from trainer_attrib.capture.window import Describe
 from trainer_attrib.ledger.following import FollowingJournal
-from trainer_attrib.ledger.journal import StageJournal
+from trainer_attrib.ledger.journal import Beside, StageJournal
 from trainer_attrib.ledger.reader import Ledger
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.ledger.writer import StageWriter
@@ -34,6 +35,7 @@ class Recording:
     storage: Storage
     name: str
     model: nn.Module
+    optimizers: Sequence[Optimizer]
     plan: SketchPlan
     sketch: SketchConfig
     raw: Projections
@@ -56,6 +58,20 @@ class Recording:
         """All parameters' values. Where they are sharded they are put together, for which every process must ask."""
         return {name: whole(parameter.data) for name, parameter in self.parameters.items()}
 
+    def beside(self) -> Beside:
+        """What a snapshot inside the stage or at its end stores beside the weights."""
+        if not self.processes.leads:
+            return {}
+        moments = {} if self.sharded else stored_moments(self.optimizers, self.parameters)
+        return {"moments": moments, "buffers": stored_buffers(self.model)}
+
+    def beside_start(self) -> tuple[Beside, list[str]]:
+        """What is stored beside the weights that the stage starts from, and which of it could not be."""
+        if not self.processes.leads:
+            return {}, []
+        state, left_out = ({}, []) if self.sharded else stored_state(self.optimizers, self.parameters)
+        return {"optimizer": state, "buffers": stored_buffers(self.model)}, left_out
+
 
 @dataclass(frozen=True)
 class OpenStage:
@@ -69,15 +85,17 @@ class OpenStage:
     reports: dict[int, Coverage] = field(default_factory=dict)  # by optimizer
 
 
-def open_stage(recording: Recording, optimizers: Sequence[Optimizer], after_step: int) -> OpenStage:
+def open_stage(recording: Recording, after_step: int) -> OpenStage:
     """Begin the stage, or go on with one that broke off; one process does, the others follow.
 
     Raises:
         LedgerError: the stage cannot be begun, or not be gone on with.
     """
-    facts = stage_facts(recording.model, optimizers, recording.plan, recording.sketch, recording.trainable)
+    facts = stage_facts(recording.model, recording.optimizers, recording.plan, recording.sketch, recording.trainable)
     facts |= {"processes": recording.processes.size, "sharded": recording.sharded} | recording.facts
     weights = {} if after_step else recording.weights()
+    beside, left_out = ({}, []) if after_step else recording.beside_start()
+    facts["optimizer_state_left_out"] = left_out
     made: list[StageJournal] = []
 
     def begin() -> dict[str, Any]:
@@ -85,7 +103,7 @@ def open_stage(recording: Recording, optimizers: Sequence[Optimizer], after_step
         if after_step:
             made.append(StageJournal.resume(storage, name, after_step, trainable, facts))
         else:
-            made.append(StageJournal.begin(storage, name, weights, trainable, facts))
+            made.append(StageJournal.begin(storage, name, weights, trainable, facts, beside))
         return made[0].meta
 
     meta = recording.processes.led(begin)

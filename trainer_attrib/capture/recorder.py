@@ -88,7 +88,7 @@ class Recorder:
         self._tap = ModuleTap(model, plan, raw, self._fault)
         self._tap.passes.begins = self._backward_begins
         self._stage = Recording(
-            storage, stage, model, plan, sketch, raw, self._tap, Processes.current(), describe,
+            storage, stage, model, self._watch.optimizers, plan, sketch, raw, self._tap, Processes.current(), describe,
             loss_facts(loss, model) | (facts or {}),
         )  # fmt: skip
         self._snapshot_steps = snapshot_steps(snapshots, total_steps)
@@ -115,7 +115,7 @@ class Recorder:
             after_step: go on with a stage of this name that broke off, from a checkpoint taken after this step.
         """
         show_messages()
-        stage = open_stage(self._stage, self._watch.optimizers, after_step)
+        stage = open_stage(self._stage, after_step)
         self._journal, self._writer = stage.journal, stage.writer
         self._steps = [
             StepRecorder(stage, number, optimizer) for number, optimizer in enumerate(self._watch.optimizers)
@@ -279,7 +279,7 @@ class Recorder:
         weights = self._stage.weights()
         if self._running:
             name = f"mid-{self._snapshot_steps.index(self.step) + 1}"
-            self._journal.snapshot(name, self.step, weights)
+            self._journal.snapshot(name, self.step, weights, self._stage.beside())
 
     # ---- faults ---------------------------------------------------------------------------------------------------
 
@@ -333,7 +333,7 @@ class Recorder:
                 status, reason = "incomplete", "capture stopped in another process of the training"
             weights = self._stage.weights() if reached_end else None
             merged = () if self._stage.sharded else merged_weights(self._stage.model)
-            self._journal.end(status, reason, self.step, weights, merged)
+            self._journal.end(status, reason, self.step, weights, merged, self._stage.beside() if reached_end else None)
         except Exception as fault:
             self.fault = self.fault or fault
         if self.fault is None and self._stage.processes.leads:

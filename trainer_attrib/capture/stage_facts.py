@@ -69,6 +69,11 @@ def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: di
     ]
     if meta["correction_unavailable"]:
         lines.append(f"stage '{stage}': correction unavailable: {meta['correction_unavailable']}")
+    if left_out := meta["optimizer_state_left_out"]:
+        lines.append(
+            f"stage '{stage}': the optimizer brings a state along, of which {len(left_out)} entries cannot be stored "
+            f"({left_out[0]}, ...)"
+        )
     return lines + [f"stage '{stage}': {line}" for line in loss_lines(meta)]
 
 

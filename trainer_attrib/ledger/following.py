@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer_attrib.ledger.journal import StageJournal
+from trainer_attrib.ledger.journal import Beside, StageJournal
 
 
 class FollowingJournal(StageJournal):
@@ -17,7 +17,7 @@ class FollowingJournal(StageJournal):
         """Change entries of the copy in memory."""
         self.meta.update(changes)
 
-    def snapshot(self, name: str, step: int, weights: dict[str, Tensor]) -> None:
+    def snapshot(self, name: str, step: int, weights: dict[str, Tensor], beside: Beside | None = None) -> None:
         """Nothing: the weights are the same everywhere, or were put together in process 0."""
 
     def second_moment(self, step: int, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
@@ -35,5 +35,6 @@ class FollowingJournal(StageJournal):
         step: int,
         weights: dict[str, Tensor] | None,
         merged: Iterable[tuple[str, Tensor]] = (),
+        beside: Beside | None = None,
     ) -> None:
         """Nothing: process 0 closes the stage."""

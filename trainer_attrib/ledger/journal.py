@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +13,22 @@ from torch import Tensor
 from trainer_attrib.errors import ModelMismatchError, StageExistsError
 from trainer_attrib.ledger.links import Link, combined, describe_merged, describe_weights, find_link
 from trainer_attrib.ledger.reader import Ledger, StageReader
-from trainer_attrib.ledger.schema import FORMAT, WEIGHTS, check_format, check_stage_name, snapshot_name, version_name
-from trainer_attrib.ledger.snapshots import save_tensors
+from trainer_attrib.ledger.schema import (
+    FORMAT,
+    WEIGHTS,
+    beside_name,
+    check_format,
+    check_stage_name,
+    snapshot_name,
+    version_name,
+)
+from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors, save_tensors
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.types import SketchConfig
 from trainer_attrib.version import __version__
+
+Beside = Mapping[str, Mapping[str, Tensor]]
+"""Kind (``moments``, ``buffers``, ``optimizer``) -> name -> value; an empty kind is not stored."""
 
 
 class StageJournal:
@@ -31,7 +42,12 @@ class StageJournal:
 
     @staticmethod
     def begin(
-        storage: Storage, name: str, weights: dict[str, Tensor], trainable: set[str], facts: dict[str, Any]
+        storage: Storage,
+        name: str,
+        weights: dict[str, Tensor],
+        trainable: set[str],
+        facts: dict[str, Any],
+        beside: Beside | None = None,
     ) -> StageJournal:
         """Create the stage.
 
@@ -41,6 +57,7 @@ class StageJournal:
             weights: all parameters by canonical name, with the values the stage starts from.
             trainable: the names of those that train.
             facts: what else to store (plan, optimizer, versions of the software), JSON-ready.
+            beside: what to store beside the weights of the start.
 
         Raises:
             StageExistsError: the name is taken.
@@ -72,7 +89,7 @@ class StageJournal:
         }
         journal = StageJournal(storage, name, trainable, meta)
         journal._describe({"start": start})
-        journal._keep_start(link, weights)
+        journal._keep_start(link, weights, beside or {})
         return journal
 
     @staticmethod
@@ -111,11 +128,35 @@ class StageJournal:
         self.meta.update(changes)
         self._storage.write_json(f"{self._folder}/stage.json", self.meta)
 
-    def snapshot(self, name: str, step: int, weights: dict[str, Tensor]) -> None:
-        """Store the trainable weights."""
+    def snapshot(self, name: str, step: int, weights: dict[str, Tensor], beside: Beside | None = None) -> None:
+        """Store the trainable weights, and beside them what else is given."""
         trainable = {key: weights[key] for key in sorted(self._trainable)}
         entry = save_tensors(self._storage, f"{self._folder}/{snapshot_name(name)}", trainable)
-        self.update(snapshots=[*self.meta["snapshots"], {"name": name, "step": step, **entry}])
+        self._add({"name": name, "step": step, **entry}, beside or {})
+
+    def _add(self, entry: dict[str, Any], beside: Beside) -> None:
+        """List a snapshot once what is beside it is stored, which is not if it is the same as with the one before."""
+        for kind, tensors in beside.items():
+            if not tensors:
+                continue
+            content = combine(fingerprint_tensors(dict(tensors)))
+            known = self._before(kind)
+            if known.get("content") == content:
+                entry |= {kind: {"stored_in": known["stored_in"], "content": content}}
+            else:
+                file = f"{self._folder}/{beside_name(entry['name'], kind)}"
+                entry |= {kind: save_tensors(self._storage, file, dict(tensors)) | {"content": content}}
+        self.update(snapshots=[*self.meta["snapshots"], entry])
+
+    def _before(self, kind: str) -> dict[str, Any]:
+        """Hash and place of what is beside the snapshot before, of this stage or at the end of its parent."""
+        name, snapshots = self.meta["name"], self.meta["snapshots"]
+        if not snapshots and self.meta["parent"]:
+            name = self.meta["parent"]
+            snapshots = [s for s in StageReader(self._storage, name).meta["snapshots"] if s["name"] == "end"]
+        if not snapshots or kind not in snapshots[-1]:
+            return {}
+        return {"stored_in": [name, snapshots[-1]["name"]]} | snapshots[-1][kind]
 
     def second_moment(self, step: int, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
         """Store a new version of the factored second moments; returns its number, counted from 1."""
@@ -133,6 +174,7 @@ class StageJournal:
         step: int,
         weights: dict[str, Tensor] | None,
         merged: Iterable[tuple[str, Tensor]] = (),
+        beside: Beside | None = None,
     ) -> None:
         """Close the stage; a complete one gets its end snapshot and the fingerprints its children are found by.
 
@@ -142,9 +184,10 @@ class StageJournal:
             step: the last one.
             weights: all parameters at the end; None if it was not reached.
             merged: those that merging the model's adapters would change, with the values this gives.
+            beside: what to store beside the weights of the end.
         """
         if weights is not None:
-            self.snapshot("end", step, weights)
+            self.snapshot("end", step, weights, beside)
             end = describe_weights(weights)
             self._describe({"end": end, "merged": describe_merged(merged)})
             self.meta["weights"]["end"] = combined(end)
@@ -155,16 +198,16 @@ class StageJournal:
         known = self._storage.read_json(path) if self._storage.exists(path) else {"format": FORMAT}
         self._storage.write_json(path, known | weights)
 
-    def _keep_start(self, link: Link, weights: dict[str, Tensor]) -> None:
+    def _keep_start(self, link: Link, weights: dict[str, Tensor], beside: Beside) -> None:
         """The start of a child is the end of its parent, stored once, if the parent trained all of its weights too."""
         changed = {*link.added, *link.reshaped, *link.merged}
         parent = StageReader(self._storage, link.parent) if link.parent else None
         if parent is not None and self._trainable <= set(parent.meta["trainable"]) - changed:
             entry = next(s for s in parent.meta["snapshots"] if s["name"] == "end")
             stored_in = entry.get("stored_in") or [parent.name, "end"]
-            self.update(snapshots=[{"name": "start", "step": 0, "stored_in": stored_in}])
+            self._add({"name": "start", "step": 0, "stored_in": stored_in}, beside)
         else:
-            self.snapshot("start", 0, weights)
+            self.snapshot("start", 0, weights, beside)
 
 
 def check_place(url: Any, stage: str) -> Storage:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from trainer_attrib.errors import CorruptPartError, LedgerFormatError, LedgerNotFoundError, StageNotFoundError
 from trainer_attrib.ledger.ranks import merge_steps
@@ -21,12 +20,9 @@ from trainer_attrib.ledger.schema import (
     WEIGHTS,
     check_format,
     check_names,
-    check_stage_name,
-    snapshot_name,
-    version_name,
 )
-from trainer_attrib.ledger.snapshots import load_tensors
 from trainer_attrib.ledger.storage import Storage, digest
+from trainer_attrib.ledger.stored import StageTensors
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,8 @@ class RowBlock:
     sketches: np.ndarray
 
 
-class StageReader:
+class StageReader(StageTensors):
     """One recorded stage. Only sealed parts are seen, so a stage can be read while it is being recorded."""
-
-    def __init__(self, storage: Storage, name: str) -> None:
-        self.name, self._storage, self._folder = name, storage, f"stages/{name}"
-        self.meta = storage.read_json(f"{self._folder}/stage.json")
-        check_format(self.meta, storage.path(f"{self._folder}/stage.json"))
 
     @property
     def parent(self) -> str | None:
@@ -156,28 +147,6 @@ class StageReader:
         first = np.unique(examples["example"].to_numpy(zero_copy_only=False), return_index=True)[1]
         return examples.take(np.sort(first))  # several processes may have seen the same one
 
-    def snapshot(self, name: str) -> dict[str, Tensor]:
-        """Trainable weights at ``"start"``, ``"end"`` or inside the stage.
-
-        Raises:
-            StageNotFoundError: no such snapshot, for instance the end of an interrupted stage.
-        """
-        for entry in self.meta["snapshots"]:
-            if entry["name"] == name:
-                return load_tensors(self._storage, self._snapshot_path(entry))
-        raise StageNotFoundError(
-            f"Stage '{self.name}' has no snapshot '{name}', only {[s['name'] for s in self.meta['snapshots']]}.",
-            cause=f"the stage's status is '{self.meta['status']}'.",
-            fix="use a recorded snapshot, or record the stage again under a new name.",
-        )
-
-    def factors(self, version: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Row and column means of the second moments of one version, by weight name; empty for version 0."""
-        if version == 0:
-            return {}
-        flat = load_tensors(self._storage, f"{self._folder}/{version_name(version)}")
-        return {k[: -len(".rows")]: (flat[k], flat[k[: -len("rows")] + "columns"]) for k in flat if k.endswith(".rows")}
-
     def problems(self) -> list[str]:
         """Everything wrong with the sealed files: lengths, checksums, missing snapshots. Empty means sound."""
         found = []
@@ -189,20 +158,14 @@ class StageReader:
                 found.append(f"{self.name}: {name} has {self._storage.size(path)} bytes, sealed {entry['bytes']}")
             elif digest(self._storage.read(path)) != entry["blake2b"]:
                 found.append(f"{self.name}: {name} has another checksum than when it was sealed")
-        shared = [entry for entry in self.meta["snapshots"] if entry.get("stored_in")]
-        missing = [entry["name"] for entry in shared if not self._storage.exists(self._snapshot_path(entry))]
-        return found + [f"{self.name}: snapshot {name} is missing" for name in missing]
+        shared = [(what, path) for what, path, entry in self._tensor_files() if entry.get("stored_in")]
+        return found + [f"{self.name}: {what} is missing" for what, path in shared if not self._storage.exists(path)]
 
     def _sealed(self) -> list[tuple[str, dict[str, Any]]]:
         """Every file that is stored in this stage, with its length and checksum."""
         parts = [file for part in self.parts() for file in part["files"].items()]
-        own = [(snapshot_name(s["name"]), s) for s in self.meta["snapshots"] if not s.get("stored_in")]
-        return parts + own + [(version_name(v["version"]), v) for v in self.meta["versions"]]
-
-    def _snapshot_path(self, entry: dict[str, Any]) -> str:
-        """Where a snapshot is stored: here, or at the end of an ancestor."""
-        folder, stored = entry.get("stored_in") or (self.name, entry["name"])
-        return f"stages/{check_stage_name(folder)}/{snapshot_name(check_stage_name(stored))}"
+        own = [(path, entry) for _, path, entry in self._tensor_files() if not entry.get("stored_in")]
+        return parts + [(path.removeprefix(f"{self._folder}/"), entry) for path, entry in own]
 
     def _all(self, kind: str, schema: pa.Schema) -> pa.Table:
         tables = []

@@ -118,6 +118,11 @@ def snapshot_name(name: str) -> str:
     return f"snapshots/{name}.safetensors"
 
 
+def beside_name(name: str, kind: str) -> str:
+    """Relative name of the file with what is stored beside a snapshot: ``moments``, ``buffers`` or ``optimizer``."""
+    return f"snapshots/{name}.{kind}.safetensors"
+
+
 def version_name(version: int) -> str:
     """Relative name of a second-moment version's file inside its stage."""
     return f"second_moment/version-{version:04d}.safetensors"

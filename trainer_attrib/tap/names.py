@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 _TUNER_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
+_AVERAGE = "torch.optim.swa_utils.AveragedModel"
 _HELD_IN = {  # class (or a base class of it) -> the child that it wraps
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
-    "torch.optim.swa_utils.AveragedModel": "module",
+    _AVERAGE: "module",
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
@@ -78,6 +79,21 @@ def walk(model: nn.Module) -> Iterator[Named]:
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter; a tied parameter appears once, under its first name."""
     return {name: parameter for name, parameter, _ in _parameters(model)}
+
+
+def buffers_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes beside the weights, by name: persistent buffers, and the frozen parameters of an
+    ``AveragedModel`` inside the model. The tensors themselves, a shared one once."""
+    found: dict[str, Tensor] = {}
+    averages: set[int] = set()
+    for named in walk(model):
+        buffers, passing = named.module._buffers, named.module._non_persistent_buffers_set
+        for key, buffer in buffers.items():
+            if buffer is not None and key not in passing and not any(buffer is known for known in found.values()):
+                found[_joined(named.name, key)] = buffer
+        if _AVERAGE in _kinds(named.module):
+            averages |= {id(p) for p in named.module.parameters() if not p.requires_grad}
+    return found | {name: p for name, p in parameters_by_name(model).items() if id(p) in averages}
 
 
 def adapter_weights(model: nn.Module) -> set[str]:

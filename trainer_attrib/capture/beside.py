@@ -1,0 +1,76 @@
+"""What a snapshot holds beside the weights: second moments, buffers, the optimizer state that a stage begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer_attrib.capture.moment_readers import Factored, second_moment
+from trainer_attrib.tap.names import buffers_by_name
+
+
+def stored_moments(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What the last step divided by the root of, on the CPU, by weight name: full shape, float32 (float64 for float64
+    weights). Weights whose second moment cannot be read are left out, as are those that have none yet."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found = {}
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if id(p) in names):
+            moment = _readable(optimizer, parameter)
+            if moment is not None:
+                dtype = torch.float64 if parameter.dtype is torch.float64 else torch.float32
+                found[names[id(parameter)]] = moment.detach().to("cpu", dtype)
+    return found
+
+
+def _readable(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+    """The second moment in the parameter's shape, multiplied out as Adafactor does: rows columns^T / mean(rows)."""
+    try:
+        moment = second_moment(optimizer, parameter)
+    except KeyError:
+        return None
+    if isinstance(moment, Factored):
+        mean = moment.rows.mean().clamp_min(torch.finfo(moment.rows.dtype).tiny)
+        moment = moment.rows[:, None] * moment.columns[None, :] / mean
+    return moment if moment is not None and moment.shape == parameter.shape else None
+
+
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of what training changes beside the weights; a tensor of a kind that cannot be stored (sparse,
+    sharded, quantized) is left out."""
+    found = {name: buffer for name, buffer in buffers_by_name(model).items() if _plain(buffer)}
+    return {name: buffer.detach().to("cpu", copy=True) for name, buffer in found.items()}
+
+
+def stored_state(
+    optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The state of optimizers that have one, as ``NUMBER/PARAMETER/KEY`` -> copy on the CPU, numbers as 0-dim float64;
+    and the names of the entries that are neither tensors nor numbers."""
+    found: dict[str, Tensor] = {}
+    left_out: list[str] = []
+    for path, value in _entries(optimizers, parameters):
+        if _plain(value) and "?" not in path:
+            found[path] = value.detach().to("cpu", copy=True)
+        elif isinstance(value, int | float) and "?" not in path:
+            found[path] = torch.tensor(float(value), dtype=torch.float64)
+        elif value is not None:
+            left_out.append(path)
+    return found, left_out
+
+
+def _entries(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Any]]:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for number, optimizer in enumerate(optimizers):
+        for parameter, state in optimizer.state.items():
+            entries = state if isinstance(state, dict) else {"": state}
+            for key, value in entries.items():
+                yield f"{number}/{names.get(id(parameter), '?')}/{key}", value
+
+
+def _plain(value: Any) -> bool:
+    return type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_complex()

@@ -1,0 +1,113 @@
+"""The tensors of a stage: snapshots of its weights, and what is stored beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from trainer_attrib.errors import StageNotFoundError
+from trainer_attrib.ledger.schema import beside_name, check_format, check_stage_name, snapshot_name, version_name
+from trainer_attrib.ledger.snapshots import load_tensors
+from trainer_attrib.ledger.storage import Storage
+
+
+class StageTensors:
+    """One stage's ``stage.json`` and the tensors that it lists. All are read onto the CPU."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.name, self._storage, self._folder = name, storage, f"stages/{name}"
+        self.meta = storage.read_json(f"{self._folder}/stage.json")
+        check_format(self.meta, storage.path(f"{self._folder}/stage.json"))
+
+    def snapshot(self, name: str) -> dict[str, Tensor]:
+        """Trainable weights at ``"start"``, ``"end"`` or inside the stage.
+
+        Raises:
+            StageNotFoundError: no such snapshot, for instance the end of an interrupted stage.
+        """
+        return load_tensors(self._storage, self._path(name, self._snapshot(name)))
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """Second moments at a snapshot: what the step before it divided by the root of, bias-corrected, by weight name
+        and in the weight's shape, float32 (float64 for float64 weights). A second moment that the optimizer keeps as
+        row and column means is multiplied out. Empty at the start, where the optimizer keeps none or nothing can be
+        read of it, and where weights are sharded.
+
+        Raises:
+            StageNotFoundError: no such snapshot.
+        """
+        return self._beside(name, "moments")
+
+    def buffers(self, name: str) -> dict[str, Tensor]:
+        """What training changes beside the weights, at a snapshot: the model's persistent buffers (running means,
+        counts) and the frozen parameters of an ``AveragedModel`` inside it, named as in the bare model
+        (:func:`tap.names.buffers_by_name` finds them there). Empty where the model has none.
+
+        Raises:
+            StageNotFoundError: no such snapshot.
+        """
+        return self._beside(name, "buffers")
+
+    def optimizer_state(self) -> dict[int, dict[str, dict[str, Tensor]]]:
+        """The state that the optimizers brought along when the stage began: number of the optimizer -> weight -> entry,
+        numbers as 0-dim float64. Empty where they were fresh; entries that cannot be stored are named in
+        ``optimizer_state_left_out`` of ``stage.json``."""
+        if not any(entry["name"] == "start" for entry in self.meta["snapshots"]):
+            return {}
+        return nested(self._beside("start", "optimizer"))
+
+    def factors(self, version: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Row and column means of the second moments of one version, by weight name; empty for version 0."""
+        if version == 0:
+            return {}
+        flat = load_tensors(self._storage, f"{self._folder}/{version_name(version)}")
+        return {k[: -len(".rows")]: (flat[k], flat[k[: -len("rows")] + "columns"]) for k in flat if k.endswith(".rows")}
+
+    def _snapshot(self, name: str) -> dict[str, Any]:
+        for entry in self.meta["snapshots"]:
+            if entry["name"] == name:
+                return entry
+        raise StageNotFoundError(
+            f"Stage '{self.name}' has no snapshot '{name}', only {[s['name'] for s in self.meta['snapshots']]}.",
+            cause=f"the stage's status is '{self.meta['status']}'.",
+            fix="use a recorded snapshot, or record the stage again under a new name.",
+        )
+
+    def _beside(self, name: str, kind: str) -> dict[str, Tensor]:
+        entry = self._snapshot(name).get(kind)
+        return {} if entry is None else load_tensors(self._storage, self._path(name, entry, kind))
+
+    def _path(self, name: str, entry: dict[str, Any], kind: str = "") -> str:
+        """Where a snapshot, or what is beside it, is stored: here, or with another snapshot of the lineage."""
+        folder, stored = entry.get("stored_in") or (self.name, name)
+        check_stage_name(stored)
+        file = beside_name(stored, kind) if kind else snapshot_name(stored)
+        return f"stages/{check_stage_name(folder)}/{file}"
+
+    def _tensor_files(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """What each file is for people, its path in the ledger, and its entry; of shared ones too."""
+        for snapshot in self.meta["snapshots"]:
+            name = snapshot["name"]
+            yield f"snapshot {name}", self._path(name, snapshot), snapshot
+            for kind in BESIDE:
+                if kind in snapshot:
+                    yield f"{kind} of snapshot {name}", self._path(name, snapshot[kind], kind), snapshot[kind]
+        for version in self.meta["versions"]:
+            path = f"{self._folder}/{version_name(version['version'])}"
+            yield f"second moments of version {version['version']}", path, version
+
+
+BESIDE = ("moments", "buffers", "optimizer")
+"""What may be stored beside a snapshot."""
+
+
+def nested(flat: dict[str, Tensor]) -> dict[int, dict[str, dict[str, Tensor]]]:
+    """``NUMBER/PARAMETER/KEY`` -> number -> parameter -> key."""
+    found: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for path, value in flat.items():
+        number, _, rest = path.partition("/")
+        parameter, _, key = rest.rpartition("/")
+        found.setdefault(int(number), {}).setdefault(parameter, {})[key] = value
+    return found
