@@ -11,8 +11,11 @@ from torch import nn
 from trainer_attrib.analysis import influence as influences
 from trainer_attrib.analysis import stage_effects as effects
 from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.effects.estimate import Method
+from trainer_attrib.analysis.effects.lineage import Lineage
+from trainer_attrib.analysis.programs import Program, check_programs
 from trainer_attrib.analysis.results import Influence, StageEffects
-from trainer_attrib.analysis.retraining import Closure, Program, check_programs, closure
+from trainer_attrib.analysis.retraining import Closure, closure
 from trainer_attrib.analysis.stage_view import ledger_blocks
 from trainer_attrib.analysis.timeline import Timeline
 from trainer_attrib.errors import ConfigurationError
@@ -50,7 +53,7 @@ class Analyzer:
     def stage_effects(
         self,
         behaviors: Sequence[Behavior],
-        method: str | Sequence[str] = "auto",
+        method: str | Method | Sequence[str | Method] = "auto",
         programs: Mapping[str, Program] | None = None,
     ) -> StageEffects:
         """Effect of each stage: behavior with it minus behavior without it.
@@ -65,9 +68,8 @@ class Analyzer:
             ConfigurationError: an unknown method.
             MissingProgramError: a method needs a program that is not given.
         """
-        methods = [method] if isinstance(method, str) else list(method)
-        lineage = effects.Lineage(self.model, self.lineage, self._timeline, list(behaviors), programs)
-        return effects.stage_effects(lineage, methods)
+        methods = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
+        return effects.stage_effects(self._view(behaviors, programs), methods)
 
     def influence(
         self, behaviors: Sequence[Behavior], stages: Sequence[str] | None = None, recipe: str = "grad_cos"
@@ -100,10 +102,13 @@ class Analyzer:
         """
         check_programs(self.lineage, programs)
         self._timeline.check_trainable(self.lineage)
-        return closure(self.model, self._timeline.at(self.lineage[0], "start"), self.lineage, programs)
+        return closure(self.model, self._view([]).start(self.lineage[0]), self.lineage, programs)
 
     def report(self, path: str | os.PathLike[str], *results: StageEffects | Influence, title: str = "") -> Path:
         """Write the ledger's stages and the given results as one self-contained HTML file; returns its path."""
         blocks = [*ledger_blocks(self.lineage), *(block for result in results for block in result.blocks())]
         subtitle = f"{' → '.join(stage.name for stage in self.lineage)}, recorded in {self.ledger.storage.url}"
         return write_page(path, title or type(self.model).__name__, blocks, subtitle)
+
+    def _view(self, behaviors: Sequence[Behavior], programs: Mapping[str, Program] | None = None) -> Lineage:
+        return Lineage(self.model, self.lineage, self._timeline, list(behaviors), programs or {})

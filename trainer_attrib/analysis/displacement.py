@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from trainer_attrib.analysis.training_state import TrainingState, standing
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.names import parameters_by_name
 
@@ -17,23 +17,11 @@ Displacement = dict[str, Tensor]
 
 
 @contextmanager
-def weights_set_to(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
-    """The model with some parameters replaced inside the block; its own bits afterwards, whatever happened."""
-    parameters = parameters_by_name(model)
-    kept = {name: parameters[name].detach().clone() for name in weights}
-    try:
-        _assign(parameters, weights)
-        yield model
-    finally:
-        _assign(parameters, kept)
-
-
-@contextmanager
 def moved(model: nn.Module, displacement: Displacement) -> Iterator[nn.Module]:
     """The model with its weights moved by a displacement inside the block."""
     parameters = parameters_by_name(model)
     target = {name: parameters[name].detach().double().cpu() + change for name, change in displacement.items()}
-    with weights_set_to(model, target):
+    with standing(model, TrainingState(target)):
         yield model
 
 
@@ -67,9 +55,3 @@ def _surviving_optimizer(stage: StageReader, number: int, optimizer: dict[str, A
 def subtracted(change: Displacement, later: list[StageReader]) -> Displacement:
     """The displacement that takes a stage's change out of the final weights, ignoring how later stages reacted."""
     return {name: -surviving_share(later, name) * delta for name, delta in change.items()}
-
-
-def _assign(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)

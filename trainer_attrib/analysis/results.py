@@ -23,7 +23,8 @@ RELIABLE = 0.5  # an effect is called reliable while its error bar is at most th
 class Effect:
     """Effect of one stage on one query by one method: behavior with the stage minus behavior without it.
 
-    ``error_bar`` is in the behavior's unit; ``cost`` counts optimizer steps that were run again.
+    ``error_bar`` is in the behavior's unit; ``cost`` is in gradients of a whole batch of a later stage, which
+    is what an optimizer step run again costs.
     """
 
     behavior: str
@@ -34,7 +35,7 @@ class Effect:
     effect: float
     error_bar: float
     reliable: bool
-    cost: int
+    cost: float
 
 
 class _Result:
@@ -92,7 +93,7 @@ class StageEffects(_Result):
             )
             for name in dict.fromkeys(m.behavior for m in means)
         ]
-        columns = ("behavior", "stage", "method", "queries", "effect", "error bar", "reliable", "steps run again")
+        columns = ("behavior", "stage", "method", "queries", "effect", "error bar", "reliable", "cost")
         rows = [(m.behavior, m.stage, m.method, m.query, m.effect, m.error_bar, m.reliable, m.cost) for m in means]
         return [*charts, Grid("Stage effects", columns, rows), Notes("What to keep in mind", self.caveats)]
 

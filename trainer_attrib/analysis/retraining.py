@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trainer_attrib.analysis.displacement import weights_set_to
+from trainer_attrib.analysis.programs import Program, check_programs, steps_of
+from trainer_attrib.analysis.replaying import EXACT, carries, prepare, replay_stage
+from trainer_attrib.analysis.training_state import (
+    OptimizerState,
+    TrainingState,
+    copy_model,
+    put,
+    random_states_kept,
+    state_of,
+)
 from trainer_attrib.errors import MissingProgramError
 from trainer_attrib.ledger.reader import StageReader
-from trainer_attrib.tap.names import parameters_by_name
-
-Program = Callable[[Any], Any]
-"""Takes a model, returns what would train that very object: an object with ``train()``, or a function to call."""
 
 
 @dataclass(frozen=True)
@@ -47,95 +48,62 @@ class Closure:
 
 
 def retrain(
-    model: nn.Module, start: dict[str, Tensor], stages: Sequence[StageReader], programs: Mapping[str, Program]
-) -> dict[str, Tensor]:
-    """Weights after running ``stages`` in order from ``start``, on a copy; the model and all random states stay.
+    model: nn.Module, start: TrainingState, stages: Sequence[StageReader], programs: Mapping[str, Program]
+) -> TrainingState:
+    """Where training stands after running ``stages`` in order from ``start``, on a copy; the model and all random
+    states stay. Each stage's own trainer runs, except where the stage carried its optimizer's state on: it is then run
+    step by step, because a trainer would begin with an empty one.
 
     Raises:
-        MissingProgramError: a stage has no program.
+        MissingProgramError: a stage has no program, or none that can be run as it needs to be.
     """
-    weights = [start, *_weights_after(model, start, stages, programs)]
-    return weights[-1]
+    return [start, *_states_after(model, start, stages, programs)][-1]
 
 
 def closure(
-    model: nn.Module, start: dict[str, Tensor], stages: Sequence[StageReader], programs: Mapping[str, Program]
+    model: nn.Module, start: TrainingState, stages: Sequence[StageReader], programs: Mapping[str, Program]
 ) -> Closure:
     """Run every stage again with nothing removed and compare with the recording."""
     differences = {}
-    for stage, weights in zip(stages, _weights_after(model, start, stages, programs), strict=True):
+    for stage, state in zip(stages, _states_after(model, start, stages, programs), strict=True):
         recorded = stage.snapshot("end")
-        differences[stage.name] = max(float((weights[n] - recorded[n]).abs().max()) for n in recorded)
+        differences[stage.name] = max(float((state.weights[n] - recorded[n]).abs().max()) for n in recorded)
     return Closure(differences)
 
 
-def check_programs(stages: Sequence[StageReader], programs: Mapping[str, Program] | None) -> Mapping[str, Program]:
-    """The programs, if every stage has one.
-
-    Raises:
-        MissingProgramError: otherwise.
-    """
-    missing = [stage.name for stage in stages if stage.name not in (programs or {})]
-    if missing:
-        raise MissingProgramError(
-            f"Retraining needs programs for the stages {missing}; given are {sorted(programs or {})}.",
-            cause="the ledger records what training did, not the code and data that did it.",
-            fix="pass programs={stage: lambda model: Trainer(model=model, ...)}, each building the trainer of that "
-            "stage with the same arguments, data and seed; or use method='subtract', which needs none.",
-        )
-    return programs or {}
-
-
-def _weights_after(
-    model: nn.Module, start: dict[str, Tensor], stages: Sequence[StageReader], programs: Mapping[str, Program]
-) -> Iterator[dict[str, Tensor]]:
+def _states_after(
+    model: nn.Module, start: TrainingState, stages: Sequence[StageReader], programs: Mapping[str, Program]
+) -> Iterator[TrainingState]:
     check_programs(stages, programs)
-    with _random_states_kept():
-        trained = _copy(model)
-        with weights_set_to(trained, start):
-            for stage in stages:
-                _train_only(trained, set(stage.meta["trainable"]))
-                _run(programs[stage.name](trained))
-                yield {n: p.detach().cpu().clone() for n, p in parameters_by_name(trained).items()}
+    carried: OptimizerState = start.optimizer
+    with random_states_kept():
+        trained = copy_model(model)
+        put(trained, start)
+        for number, stage in enumerate(stages):
+            handed_on = number + 1 < len(stages) and carries(stages[number + 1])
+            carried = _run(trained, stage, prepare(trained, stage, programs), carried, handed_on)
+            yield state_of(trained, carried)
 
 
-def _train_only(model: nn.Module, names: set[str]) -> None:
-    """What a stage froze, and adapters that came later, must not train."""
-    for name, parameter in parameters_by_name(model).items():
-        parameter.requires_grad_(name in names)
+def _run(
+    model: nn.Module, stage: StageReader, prepared: Any, carried: OptimizerState, handed_on: bool
+) -> OptimizerState:
+    """Train; returns the optimizer's state at the end where it is handed on to the next stage."""
+    if carries(stage) or handed_on or not _trains(prepared):
+        if not _trains(prepared) and steps_of(prepared, model) is None:
+            raise MissingProgramError(
+                f"A program returned {type(prepared).__name__}, which cannot be run.",
+                fix="return a trainer (an object with train()), a function without arguments that trains the model, or "
+                "an iterable of losses.",
+            )
+        return replay_stage(model, stage, prepared, carried, EXACT)[0]
+    train = getattr(prepared, "train", prepared)
+    train()
+    return {}
 
 
-def _run(prepared: Any) -> None:
-    if not isinstance(prepared, nn.Module) and callable(getattr(prepared, "train", None)):
-        prepared.train()
-    elif callable(prepared) and not isinstance(prepared, nn.Module):
-        prepared()
-    else:
-        raise MissingProgramError(
-            f"A program returned {type(prepared).__name__}, which cannot be run.",
-            fix="return a trainer (an object with train()) or a function without arguments that trains the model.",
-        )
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy that computes with its own weights.
-
-    TRL replaces ``model.forward`` by a wrapper whose closure holds the original model; a copy of it would go on
-    computing with the original's weights. Such a wrapper of the class's own forward is dropped; trainers put it back.
-    """
-    copied = copy.deepcopy(model)
-    patched = copied.__dict__.get("forward")
-    if getattr(patched, "__wrapped__", None) is type(copied).forward:
-        del copied.__dict__["forward"]
-    return copied
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    python, numeric = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numeric)
+def _trains(prepared: Any) -> bool:
+    """Whether it trains by itself."""
+    if isinstance(prepared, nn.Module) or inspect.isgeneratorfunction(prepared):
+        return False
+    return callable(getattr(prepared, "train", None)) or callable(prepared)

@@ -6,7 +6,8 @@ Jacobian-vector product). Chained over steps they say how a changed gradient tra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -124,6 +125,47 @@ def sgd_tangent(change: SGDState, gradient_change: Tensor, settings: SGDSettings
         step: counted from 1.
     """
     return sgd_step(change, gradient_change, settings, step)
+
+
+def merged_adamw(rates: Sequence[float], settings: AdamWSettings) -> AdamWSettings:
+    """Settings of one step that stands for several: it forgets as much, and moves as far along a constant gradient.
+
+    Args:
+        rates: learning rates of the steps.
+        settings: that they share otherwise.
+    """
+    count = len(rates)
+    return replace(settings, learning_rate=sum(rates), beta1=settings.beta1**count, beta2=settings.beta2**count)
+
+
+def merged_sgd(rates: Sequence[float], settings: SGDSettings) -> SGDSettings:
+    """Settings of one step that stands for several. Heavy-ball momentum moves by rate / (1 - momentum) in the end,
+    which stays the same; the merged step forgets as much as the steps together.
+
+    Raises:
+        ValueError: with dampening no such settings exist.
+    """
+    if settings.dampening and settings.momentum:
+        raise ValueError("steps with dampening cannot be merged")
+    momentum = settings.momentum ** len(rates)
+    rate = sum(rates) * (1 - momentum) / (1 - settings.momentum) if settings.momentum < 1 else sum(rates)
+    return replace(settings, learning_rate=rate, momentum=momentum)
+
+
+def carried_into_merged(count: int, decay: float, *, averaged: bool) -> float:
+    """By what a carried momentum is multiplied so that it moves the weights as far through merged steps as through the
+    steps that they stand for.
+
+    Args:
+        count: steps merged into one.
+        decay: momentum, or beta1.
+        averaged: the momentum is a mean (Adam) and not a sum (SGD) of gradients.
+    """
+    if not decay or count == 1:
+        return 1.0
+    if averaged:  # a tail of m is worth rate * decay / (1 - decay)
+        return decay * (1 - decay**count) / ((1 - decay) * count * decay**count)
+    return decay / (count * decay**count)  # one of v, rate * decay / (1 - decay), at the merged rate
 
 
 def _unbiased(moment: Tensor, beta: float, step: int) -> Tensor:

@@ -1,0 +1,80 @@
+"""The stages that led to a model, the states at their boundaries, and measuring behaviors there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.displacement import Displacement, moved
+from trainer_attrib.analysis.programs import Program
+from trainer_attrib.analysis.timeline import Timeline
+from trainer_attrib.analysis.training_state import TrainingState, standing
+from trainer_attrib.ledger.reader import StageReader
+from trainer_attrib.tap.names import buffers_by_name
+
+Values = list[Tensor]
+"""One tensor per behavior, float64 [Q] on the CPU."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What every method is given: the model standing at the end of its last stage, and how it came there."""
+
+    model: nn.Module
+    stages: Sequence[StageReader]
+    timeline: Timeline
+    behaviors: Sequence[Behavior]
+    programs: Mapping[str, Program]
+
+    def measure(self, state: TrainingState) -> Values:
+        """Every behavior with these weights and buffers."""
+        with standing(self.model, state):
+            return [behavior.values(self.model) for behavior in self.behaviors]
+
+    def measure_moved(self, displacement: Displacement) -> Values:
+        """Every behavior with the final weights moved; buffers stay as they are."""
+        with moved(self.model, displacement):
+            return [behavior.values(self.model) for behavior in self.behaviors]
+
+    @cached_property
+    def final(self) -> Values:
+        """Every behavior of the model as it is."""
+        return self.measure(TrainingState({}))
+
+    def later(self, stage: StageReader) -> list[StageReader]:
+        """Stages after this one."""
+        return list(self.stages[self._index(stage) + 1 :])
+
+    def later_steps(self, stage: StageReader) -> int:
+        """Optimizer steps of the stages after this one: what running them again costs, in gradients of a batch."""
+        return sum(later.count("steps") for later in self.later(stage))
+
+    def start(self, stage: StageReader) -> TrainingState:
+        """Where training stood when a stage began, in the terms of the model, with the state that its optimizer brought
+        along.
+
+        Raises:
+            NotComparableError: weights whose values then are not known.
+        """
+        return self._state(stage, "start", stage)
+
+    def end(self, stage: StageReader) -> TrainingState:
+        """Where training stood when a stage ended, with the optimizer state that the next one begins with.
+
+        Raises:
+            NotComparableError: weights whose values then are not known.
+        """
+        return self._state(stage, "end", next(iter(self.later(stage)), None))
+
+    def _state(self, stage: StageReader, when: str, next_stage: StageReader | None) -> TrainingState:
+        known = buffers_by_name(self.model).keys()
+        buffers = {name: value for name, value in stage.buffers(when).items() if name in known}
+        carried = {} if next_stage is None else next_stage.optimizer_state().get(0, {})
+        return TrainingState(self.timeline.at(stage, when), buffers, carried)
+
+    def _index(self, stage: StageReader) -> int:
+        return [s.name for s in self.stages].index(stage.name)
