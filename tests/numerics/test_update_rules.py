@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ from trainer_attrib.numerics.update_rules import (
     SGDState,
     adamw_step,
     adamw_tangent,
+    carried_into_merged,
+    merged_adamw,
+    merged_sgd,
     sgd_step,
     sgd_tangent,
 )
@@ -159,3 +163,77 @@ def test_tangents_are_linear(by: float, seed: int) -> None:
     parts = (adamw_tangent(state, gradient, c, d, s, 3) for c, d in ((one, d_one), (other, d_other)))
     for whole, a, b in zip(found, *parts, strict=True):
         assert torch.allclose(whole, a + by * b, rtol=1e-9, atol=1e-9)
+
+
+RATES = [0.1, 0.05, 0.2]
+
+
+def _coast(state: Any, gradient: torch.Tensor, settings: Any, steps: int, first: int = 1) -> Any:
+    """The state after steps with one gradient."""
+    take = adamw_step if isinstance(state, AdamWState) else sgd_step
+    for step in range(first, first + steps):
+        state = take(state, gradient, settings, step)
+    return state
+
+
+def test_merged_adamw_moves_as_far_along_a_constant_gradient(float64: None) -> None:
+    """It moves by the learning rate whatever the gradient's size, once its moments agree with the gradient."""
+    settings, gradient = AdamWSettings(learning_rate=0.0, weight_decay=0.0, epsilon=0.0), torch.randn(4, 3)
+    state = AdamWState(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4, 3))
+    apart = state
+    for step, rate in enumerate(RATES, 1):
+        apart = adamw_step(apart, gradient, replace(settings, learning_rate=rate), step)
+    together = adamw_step(state, gradient, merged_adamw(RATES, settings), 1)
+    torch.testing.assert_close(together.weight, apart.weight)
+    torch.testing.assert_close(together.mean, apart.mean)
+    torch.testing.assert_close(together.square, apart.square)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_merged_sgd_moves_as_fast_along_a_constant_gradient(nesterov: bool, float64: None) -> None:
+    """After many steps, when the momentum is the gradient over 1 - momentum."""
+    settings = SGDSettings(learning_rate=0.1, momentum=0.8, nesterov=nesterov)
+    gradient, state = torch.randn(4, 3), SGDState(torch.zeros(4, 3), torch.zeros(4, 3))
+    merged = merged_sgd([0.1] * 3, settings)
+    assert merged.momentum == pytest.approx(0.8**3)
+    apart, together = _coast(state, gradient, settings, 300), _coast(state, gradient, merged, 100)
+    speeds = [
+        _coast(s, gradient, one, n, 400).weight - s.weight
+        for s, one, n in ((apart, settings, 3), (together, merged, 1))
+    ]
+    torch.testing.assert_close(*speeds)
+
+
+def test_a_carried_momentum_carries_as_far_through_merged_steps(float64: None) -> None:
+    still, momentum = torch.zeros(4, 3), torch.randn(4, 3)
+    settings = SGDSettings(learning_rate=0.1, momentum=0.8)
+    scaled = momentum * carried_into_merged(3, 0.8, averaged=False)
+    apart = _coast(SGDState(still, momentum), still, settings, 300, 2)
+    together = _coast(SGDState(still, scaled), still, merged_sgd([0.1] * 3, settings), 100, 2)
+    torch.testing.assert_close(together.weight, apart.weight)
+    assert together.weight.abs().max() > 0.1
+
+
+def test_a_carried_mean_carries_as_far_through_merged_steps(float64: None) -> None:
+    """Late in training, where moments are no longer corrected for their start, and the square hardly changes."""
+    still, mean, square = torch.zeros(4, 3), torch.randn(4, 3), torch.ones(4, 3)
+    settings = AdamWSettings(learning_rate=0.1, beta1=0.8, beta2=1 - 1e-12, weight_decay=0.0)
+    late = 10**14
+    scaled = mean * carried_into_merged(3, 0.8, averaged=True)
+    apart = _coast(AdamWState(still, mean, square), still, settings, 300, late)
+    together = _coast(AdamWState(still, scaled, square), still, merged_adamw([0.1] * 3, settings), 100, late)
+    torch.testing.assert_close(together.weight, apart.weight, rtol=1e-6, atol=1e-9)
+    assert together.weight.abs().max() > 0.1
+
+
+def test_one_step_merged_with_none_is_itself() -> None:
+    for settings in ADAMW.values():
+        assert merged_adamw([0.3], settings) == replace(settings, learning_rate=0.3)
+    for settings in SGD.values():
+        if not settings.dampening:
+            merged = merged_sgd([0.3], settings)
+            assert merged.learning_rate == pytest.approx(0.3)
+            assert merged.momentum == settings.momentum
+    assert carried_into_merged(1, 0.9, averaged=True) == 1
+    with pytest.raises(ValueError, match="dampening"):
+        merged_sgd([0.1, 0.1], SGD["dampened"])

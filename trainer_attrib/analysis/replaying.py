@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from trainer_attrib.analysis.programs import Program, Step, Steps, steps_of
-from trainer_attrib.analysis.stepping import Row, can_merge, load_state, read_state, rebuild_optimizer, use_settings
+from trainer_attrib.analysis.stepping import CarriedState, Row, can_merge, rebuild_optimizer, use_settings
 from trainer_attrib.analysis.training_state import (
     OptimizerState,
     TrainingState,
@@ -117,10 +117,14 @@ def replay_stage(
     names = {id(parameter): name for name, parameter in parameters.items()}
     merge = pace.merge if can_merge(stage) else 1
     optimizer = rebuild_optimizer(stage, steps, parameters)
+    recorded = stage.steps().select(["step", "learning_rate", "weight_decay", "beta1", "beta2"]).to_pylist()
+    if not recorded:
+        return carried, 0.0
+    handed_on = CarriedState(optimizer, names, merge)
     if carries(stage):
-        load_state(optimizer, carried, names, merge)
+        handed_on.load(carried, recorded[0])
     cost = 0.0
-    for rows, step in _windows(stage, steps, Pace(merge, pace.thin)):
+    for rows, step in _windows(stage, recorded, steps, Pace(merge, pace.thin)):
         optimizer.zero_grad(set_to_none=True)
         for loss in step.losses:
             loss().backward()
@@ -129,16 +133,14 @@ def replay_stage(
         optimizer.step()
         cost += step.share
     optimizer.zero_grad(set_to_none=True)
-    return read_state(optimizer, names, merge), cost
+    return handed_on.read(recorded[-1]), cost
 
 
-def _windows(stage: StageReader, steps: Steps, pace: Pace) -> Iterator[tuple[Sequence[Row], Step]]:
+def _windows(stage: StageReader, rows: Sequence[Row], steps: Steps, pace: Pace) -> Iterator[tuple[Sequence[Row], Step]]:
     """The recorded steps, several at a time, with the batch of the first one.
 
     Batches whose step a gradient scaler skipped when the stage was recorded are left out as they were then.
     """
-    columns = ["step", "learning_rate", "weight_decay", "beta1", "beta2"]
-    rows = stage.steps().select(columns).to_pylist()
     skipped = stage.skipped_steps()["step"].to_pylist()
     batches = steps.steps(pace.thin)
     for first in range(0, len(rows), pace.merge):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,46 +93,49 @@ def use_settings(optimizer: Optimizer, stage: StageReader, rows: Sequence[Row]) 
             group["lr"] = rate if not isinstance(group["lr"], Tensor) else group["lr"].fill_(rate)
 
 
-def load_state(optimizer: Optimizer, state: OptimizerState, names: Mapping[int, str], merge: int) -> None:
-    """Begin with a carried state; ``names`` are those of the parameters by ``id``.
+@dataclass(frozen=True)
+class CarriedState:
+    """Puts a carried optimizer state into an optimizer of merged steps, and reads off what it hands on.
 
-    For merged steps, momenta are scaled so that they carry as far, and steps are counted in merged ones.
+    Momenta are scaled so that they carry the weights as far through merged steps as through those that they stand for,
+    and steps are counted in merged ones. With one step per step nothing is changed.
+
+    Args:
+        optimizer: that runs the stage again.
+        names: of the parameters by ``id``.
+        merge: steps merged into one.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for key, value in state.get(names[id(parameter)], {}).items():
-                optimizer.state[parameter][key] = _scaled(key, value, group, merge).to(
-                    device=value.device if value.dim() == 0 else parameter.device
-                )
 
+    optimizer: Optimizer
+    names: Mapping[int, str]
+    merge: int
 
-def read_state(optimizer: Optimizer, names: Mapping[int, str], merge: int) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's state by parameter name, as it would stand after steps that were not merged."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            entries = optimizer.state.get(parameter, {})
-            tensors = {key: torch.as_tensor(value) for key, value in entries.items() if value is not None}
-            found[names[id(parameter)]] = {key: _scaled(key, v, group, merge, back=True) for key, v in tensors.items()}
-    return found
+    def load(self, state: OptimizerState, first: Row) -> None:
+        """Begin with a state; ``first`` is the step that comes next."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            for parameter in group["params"]:
+                for key, value in state.get(self.names[id(parameter)], {}).items():
+                    scaled = value.detach().clone() * self._factor(key, first["beta1"][number])
+                    self.optimizer.state[parameter][key] = scaled if value.dim() == 0 else scaled.to(parameter.device)
 
+    def read(self, last: Row) -> dict[str, dict[str, Tensor]]:
+        """The state by parameter name, as it would stand after steps that were not merged; ``last`` is the last one."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for number, group in enumerate(self.optimizer.param_groups):
+            for parameter in group["params"]:
+                entries = self.optimizer.state.get(parameter, {})
+                found[self.names[id(parameter)]] = {
+                    key: torch.as_tensor(value).detach().clone() / self._factor(key, last["beta1"][number])
+                    for key, value in entries.items()
+                    if value is not None
+                }
+        return found
 
-def _scaled(key: str, value: Tensor, group: Mapping[str, Any], merge: int, *, back: bool = False) -> Tensor:
-    value = value.detach().clone()
-    if merge == 1:
-        return value
-    if key == "step":
-        return value * merge if back else (value / merge).round()
-    factor = 1.0
-    if key == "momentum_buffer":
-        factor = carried_into_merged(merge, _unmerged(group["momentum"], merge, back), averaged=False)
-    elif key == "exp_avg":
-        factor = carried_into_merged(merge, _unmerged(group["betas"][0], merge, back), averaged=True)
-    return value / factor if back else value * factor
-
-
-def _unmerged(decay: float, merge: int, merged: bool) -> float:
-    return decay ** (1 / merge) if merged else decay
+    def _factor(self, key: str, beta1: float) -> float:
+        if key == "step":
+            return 1 / self.merge
+        averaged = {"exp_avg": True, "momentum_buffer": False}.get(key)
+        return 1.0 if averaged is None else carried_into_merged(self.merge, beta1, averaged=averaged)
 
 
 def _arguments(settings: Mapping[str, Any], accepted: Mapping[str, Any]) -> dict[str, Any]:

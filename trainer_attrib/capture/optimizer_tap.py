@@ -150,9 +150,14 @@ def describe_optimizer(optimizer: Optimizer, names: dict[int, str]) -> dict[str,
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "decoupled_weight_decay": _decoupled(optimizer),
-        "fresh": not optimizer.state,
+        "fresh": is_fresh(optimizer),
         "groups": groups,
     }
+
+
+def is_fresh(optimizer: Optimizer) -> bool:
+    """Whether it has taken no step yet: no state, or the one it was made with (Adagrad's)."""
+    return all(isinstance(state, dict) and float(state.get("step", 1)) == 0 for state in optimizer.state.values())
 
 
 def _decoupled(optimizer: Optimizer) -> bool:

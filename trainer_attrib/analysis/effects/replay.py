@@ -68,7 +68,7 @@ class Replay:
 
     merge: int = 2
     thin: int = 4
-    read_out: ReadOut = "diff"
+    read_out: ReadOut = "cv"
 
     name = "replay"
     caveat = ""
