@@ -14,6 +14,7 @@ from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.effects.estimate import Method
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.programs import Program, check_programs
+from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import Influence, StageEffects
 from trainer_attrib.analysis.retraining import Closure, closure
 from trainer_attrib.analysis.stage_view import ledger_blocks
@@ -70,6 +71,23 @@ class Analyzer:
         """
         methods = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
         return effects.stage_effects(self._view(behaviors, programs), methods)
+
+    def shapley(
+        self, behaviors: Sequence[Behavior], programs: Mapping[str, Program], merge: int = 2, thin: int = 4
+    ) -> StageEffects:
+        """Shapley value of each of up to four stages: effects that add up to what all of training changed.
+
+        Args:
+            behaviors: what to explain.
+            programs: of all stages after the first.
+            merge: so many optimizer steps are run again as one.
+            thin: one in so many examples of a batch is used.
+
+        Raises:
+            ConfigurationError: more than four stages.
+            MissingProgramError: a stage after the first has no program.
+        """
+        return effects.shapley_values(self._view(behaviors, programs), Pace(merge, thin))
 
     def influence(
         self, behaviors: Sequence[Behavior], stages: Sequence[str] | None = None, recipe: str = "grad_cos"

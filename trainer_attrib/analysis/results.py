@@ -38,6 +38,24 @@ class Effect:
     cost: float
 
 
+@dataclass(frozen=True)
+class Interaction:
+    """By how much the effects of all stages on a behavior do not add up to what all of training changed.
+
+    Values are means over the queries, in the behavior's unit.
+    """
+
+    behavior: str
+    method: str
+    whole: float
+    explained: float
+
+    @property
+    def residual(self) -> float:
+        """What training changed beyond the sum of the effects."""
+        return self.whole - self.explained
+
+
 class _Result:
     """What every result can do."""
 
@@ -61,6 +79,7 @@ class StageEffects(_Result):
 
     rows: tuple[Effect, ...]
     caveats: tuple[str, ...] = ()
+    interactions: tuple[Interaction, ...] = ()
 
     def to_table(self) -> pa.Table:
         """Columns behavior, query, stage, method, read_out, effect, error_bar, reliable, cost."""
@@ -68,7 +87,11 @@ class StageEffects(_Result):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {"rows": [asdict(row) for row in self.rows], "caveats": list(self.caveats)}
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "interactions": [asdict(found) | {"residual": found.residual} for found in self.interactions],
+            "caveats": list(self.caveats),
+        }
 
     def summary(self) -> list[Effect]:
         """Mean over the queries of each behavior, for each stage and method.
@@ -95,7 +118,13 @@ class StageEffects(_Result):
         ]
         columns = ("behavior", "stage", "method", "queries", "effect", "error bar", "reliable", "cost")
         rows = [(m.behavior, m.stage, m.method, m.query, m.effect, m.error_bar, m.reliable, m.cost) for m in means]
-        return [*charts, Grid("Stage effects", columns, rows), Notes("What to keep in mind", self.caveats)]
+        sums = [(i.behavior, i.method, i.whole, i.explained, i.residual) for i in self.interactions]
+        header = ("behavior", "method", "changed by all of training", "sum of the effects", "interaction")
+        grids = [
+            Grid("Stage effects", columns, rows),
+            *([Grid("Do the effects add up?", header, sums)] if sums else []),
+        ]
+        return [*charts, *grids, Notes("What to keep in mind", self.caveats)]
 
     def plot(self) -> Any:
         """A matplotlib figure with one axis per behavior. Needs the extra ``plot``."""
@@ -113,10 +142,13 @@ class StageEffects(_Result):
     def __repr__(self) -> str:
         means = {(m.behavior, m.stage, m.method): m for m in self.summary()}
         methods = list(dict.fromkeys(method for _, _, method in means))
-        rows = [
-            (behavior, stage, *(_cell(means.get((behavior, stage, method))) for method in methods), "")
-            for behavior, stage in dict.fromkeys((b, s) for b, s, _ in means)
-        ]
+        left = {(found.behavior, found.method): f"{found.residual:+.2f}" for found in self.interactions}
+        rows = []
+        for behavior in dict.fromkeys(b for b, *_ in means):
+            stages = dict.fromkeys(s for b, s, _ in means if b == behavior)
+            rows += [(behavior, s, *(_cell(means.get((behavior, s, m))) for m in methods), "") for s in stages]
+            if any(b == behavior for b, _ in left):
+                rows.append((behavior, "(interaction)", *(left.get((behavior, method), "") for method in methods), ""))
         return aligned(("behavior", "stage", *methods, ""), rows, self.caveats)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer_attrib.analysis.effects.auto import Auto
-from trainer_attrib.analysis.effects.estimate import Estimate, Method, estimate
+from trainer_attrib.analysis.effects.coalitions import shapley
+from trainer_attrib.analysis.effects.estimate import Estimate, Method, differences, estimate
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.recorded import Change, Subtract
 from trainer_attrib.analysis.effects.replay import Replay
 from trainer_attrib.analysis.effects.retrain import Retrain
-from trainer_attrib.analysis.results import RELIABLE, Effect, StageEffects
+from trainer_attrib.analysis.replaying import Pace
+from trainer_attrib.analysis.results import RELIABLE, Effect, Interaction, StageEffects
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader
 
@@ -32,7 +34,36 @@ def stage_effects(lineage: Lineage, methods: Sequence[str | Method]) -> StageEff
     found = [(stage, method, estimate(method, lineage, stage)) for stage in lineage.stages for method in chosen]
     rows = [row for stage, method, one in found for row in _rows(lineage, stage, one.method or method.name, one)]
     caveats = [*(method.caveat for method in chosen), *(note for *_, one in found for note in one.notes)]
-    return StageEffects(tuple(rows), tuple(dict.fromkeys(filter(None, [*caveats, *lineage.timeline.caveats()]))))
+    sums = [
+        row
+        for method in chosen
+        for row in _interactions(lineage, method.name, [one for _, its, one in found if its is method])
+    ]
+    return _result(lineage, rows, caveats, sums)
+
+
+def shapley_values(lineage: Lineage, pace: Pace) -> StageEffects:
+    """The Shapley value of every stage for every behavior."""
+    found = shapley(lineage, pace)
+    pairs = zip(lineage.stages, found, strict=True)
+    rows = [row for stage, one in pairs for row in _rows(lineage, stage, one.method, one)]
+    caveat = "a Shapley value is the mean over all orders of leaving stages out; leaving out this stage alone differs"
+    return _result(lineage, rows, [caveat], _interactions(lineage, "shapley", found))
+
+
+def _interactions(lineage: Lineage, method: str, found: Sequence[Estimate]) -> list[Interaction]:
+    whole = differences(lineage.final, lineage.measure(lineage.start(lineage.stages[0])))
+    return [
+        Interaction(behavior.name, method, float(w.mean()), sum(float(one.effects[number].mean()) for one in found))
+        for number, (behavior, w) in enumerate(zip(lineage.behaviors, whole, strict=True))
+    ]
+
+
+def _result(
+    lineage: Lineage, rows: Sequence[Effect], caveats: Sequence[str], sums: Sequence[Interaction]
+) -> StageEffects:
+    said = dict.fromkeys(filter(None, [*caveats, *lineage.timeline.caveats()]))
+    return StageEffects(tuple(rows), tuple(said), tuple(sums))
 
 
 def method_of(method: str | Method) -> Method:
