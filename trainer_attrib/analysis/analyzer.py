@@ -14,6 +14,7 @@ from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.effects.estimate import Method
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.programs import Program, check_programs
+from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import Influence, StageEffects
 from trainer_attrib.analysis.retraining import Closure, closure
@@ -89,6 +90,38 @@ class Analyzer:
         """
         return effects.shapley_values(self._view(behaviors, programs), Pace(merge, thin))
 
+    def remove(
+        self,
+        stage: str,
+        improve: Sequence[Behavior],
+        keep: Sequence[Behavior] = (),
+        *,
+        method: str | Method = "replay",
+        programs: Mapping[str, Program] | None = None,
+        tolerance: float = 0.02,
+        scales: Sequence[float] = SCALES,
+    ) -> Removal:
+        """Find how far to move the weights towards where they would be without a stage. Nothing is changed until
+        ``removal.apply(model)``.
+
+        Args:
+            stage: to be taken out.
+            improve: behaviors that the stage spoils, larger meaning better. The smallest of their means is to become as
+                large as possible: pass one behavior per group to improve the worst group.
+            keep: behaviors whose means may fall by no more than ``tolerance``, in their units.
+            method: that predicts the weights without the stage.
+            programs: of the stages after it, for methods that run them again.
+            tolerance: for ``keep``.
+            scales: of the displacement that are tried.
+
+        Raises:
+            ConfigurationError: no such stage led to this model, nothing to improve, or a method without weights.
+            AnalysisError: something is missing that the method needs, such as a program.
+        """
+        chosen = effects.method_of(method)
+        search = Search(list(improve), list(keep), tolerance, scales)
+        return remove(self._view([*improve, *keep], programs), self._stage(stage), chosen, search)
+
     def influence(
         self, behaviors: Sequence[Behavior], stages: Sequence[str] | None = None, recipe: str = "grad_cos"
     ) -> Influence:
@@ -127,6 +160,15 @@ class Analyzer:
         blocks = [*ledger_blocks(self.lineage), *(block for result in results for block in result.blocks())]
         subtitle = f"{' → '.join(stage.name for stage in self.lineage)}, recorded in {self.ledger.storage.url}"
         return write_page(path, title or type(self.model).__name__, blocks, subtitle)
+
+    def _stage(self, name: str) -> StageReader:
+        for stage in self.lineage:
+            if stage.name == name:
+                return stage
+        raise ConfigurationError(
+            f"No stage '{name}' led to this model; these did: {[stage.name for stage in self.lineage]}.",
+            fix="choose among those.",
+        )
 
     def _view(self, behaviors: Sequence[Behavior], programs: Mapping[str, Program] | None = None) -> Lineage:
         return Lineage(self.model, self.lineage, self._timeline, list(behaviors), programs or {})

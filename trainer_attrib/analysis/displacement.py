@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trainer_attrib.analysis.training_state import TrainingState, standing
@@ -23,6 +24,12 @@ def moved(model: nn.Module, displacement: Displacement) -> Iterator[nn.Module]:
     target = {name: parameters[name].detach().double().cpu() + change for name, change in displacement.items()}
     with standing(model, TrainingState(target)):
         yield model
+
+
+def between(first: TrainingState, second: TrainingState) -> Displacement:
+    """The second state's weights minus the first's, of those that differ; both hold the same weights."""
+    pairs = ((name, value, second.weights[name]) for name, value in first.weights.items())
+    return {name: b.double() - a.double() for name, a, b in pairs if not torch.equal(a, b)}
 
 
 def surviving_share(stages: list[StageReader], name: str) -> float:

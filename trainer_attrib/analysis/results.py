@@ -56,7 +56,7 @@ class Interaction:
         return self.whole - self.explained
 
 
-class _Result:
+class Result:
     """What every result can do."""
 
     caveats: tuple[str, ...]
@@ -74,7 +74,7 @@ class _Result:
 
 
 @dataclass(frozen=True, repr=False)
-class StageEffects(_Result):
+class StageEffects(Result):
     """Effects of stages on behaviors, one row per query."""
 
     rows: tuple[Effect, ...]
@@ -178,7 +178,7 @@ class InfluenceExamples:
 
 
 @dataclass(frozen=True, repr=False)
-class Influence(_Result):
+class Influence(Result):
     """Scores of training examples for queries; positive means that training on the example increased the behavior.
 
     ``scores`` is float32 [Q, N]; ``behaviors`` and ``queries`` name its rows, ``examples`` its columns.

@@ -7,14 +7,12 @@ from typing import Literal
 
 import torch
 
-from trainer_attrib.analysis.displacement import Displacement
+from trainer_attrib.analysis.displacement import Displacement, between
 from trainer_attrib.analysis.effects.estimate import Estimate, differences
 from trainer_attrib.analysis.effects.lineage import Lineage, Values
 from trainer_attrib.analysis.programs import check_programs
 from trainer_attrib.analysis.replaying import Pace, replay
-from trainer_attrib.analysis.training_state import TrainingState
 from trainer_attrib.ledger.reader import StageReader
-from trainer_attrib.tap.names import parameters_by_name
 
 ReadOut = Literal["diff", "cv", "plain"]
 
@@ -111,18 +109,11 @@ def run_arms(lineage: Lineage, stage: StageReader, pace: Pace) -> Arms:
         replay(lineage.model, start, later, lineage.programs, pace)
         for start in (lineage.end(stage), lineage.start(stage))
     )
-    moved = displacement(lineage, with_it.state, without_it.state)
+    moved = between(with_it.state, without_it.state)
     return Arms(
         lineage.measure(with_it.state), lineage.measure(without_it.state), lineage.measure_moved(moved), moved,
         with_it.cost + without_it.cost, with_it.state.finite and without_it.state.finite,
     )  # fmt: skip
-
-
-def displacement(lineage: Lineage, with_it: TrainingState, without_it: TrainingState) -> Displacement:
-    """Weights of one state minus those of another, of what differs."""
-    first, second = with_it.weights, without_it.weights
-    names = parameters_by_name(lineage.model)
-    return {n: second[n].double() - first[n].double() for n in names if not torch.equal(first[n], second[n])}
 
 
 def _norm(values: Values) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainer_attrib.analysis.displacement import between
 from trainer_attrib.analysis.effects.estimate import Estimate, differences, zeros
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.programs import check_programs
 from trainer_attrib.analysis.retraining import retrain
+from trainer_attrib.analysis.training_state import state_of
 from trainer_attrib.ledger.reader import StageReader
 
 
@@ -45,4 +47,5 @@ class Retrain:
         """Measured at the retrained weights."""
         state = retrain(lineage.model, lineage.start(stage), lineage.later(stage), lineage.programs)
         effects = differences(lineage.final, lineage.measure(state))
-        return Estimate(effects, zeros(effects), "retrained weights", self.price(lineage, stage))
+        away = between(state_of(lineage.model), state)
+        return Estimate(effects, zeros(effects), "retrained weights", self.price(lineage, stage), away)
