@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,9 @@ def test_the_worst_group_improves_and_what_is_kept_is_kept(tmp_path: Path) -> No
     run = Looped()
     analyzer = run.analyzer(tmp_path, network(norm=False))
     before = weights_of(analyzer.model)
-    groups, kept = [margins("a", 1), margins("b", 2)], margins("kept", 3)
-    removal = analyzer.remove("first", groups, [kept], programs=run.programs, tolerance=0.05)
+    groups = [margins("a", 1), margins("b", 2)]
+    kept = replace(groups[0], name="kept", measure=lambda model, items: -groups[0].measure(model, items))
+    removal = analyzer.remove("first", groups, [kept], programs=run.programs, tolerance=0.3)
     assert {name: w.tolist() for name, w in weights_of(analyzer.model).items()} == {
         name: w.tolist() for name, w in before.items()
     }
@@ -55,7 +57,7 @@ def test_the_worst_group_improves_and_what_is_kept_is_kept(tmp_path: Path) -> No
     means = [float(group.values(edited).mean()) for group in groups]
     assert removal.chosen.improved == pytest.approx(min(means), abs=1e-12)
     assert removal.chosen.kept[0] == pytest.approx(float(kept.values(edited).mean()), abs=1e-12)
-    assert removal.chosen.kept[0] >= removal.before.kept[0] - 0.05
+    assert removal.chosen.kept[0] >= removal.before.kept[0] - 0.3
     allowed = [point.improved for point in removal.points if point.allowed]
     assert removal.chosen.improved == max(allowed) > removal.before.improved
     assert any(not point.allowed for point in removal.points)
