@@ -35,6 +35,7 @@ AREAS = (
     "TRL",
     "PEFT",
     "Many processes",
+    "Shadows",
 )
 UNTESTED = Path(__file__).with_name("support_untested.toml")
 Key = tuple[str, str]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainer_attrib.capture.recorder import Recorder as Recorder
     from trainer_attrib.errors import TrainerAttribError as TrainerAttribError
     from trainer_attrib.ledger.reader import Ledger as Ledger
+    from trainer_attrib.types import Shadow as Shadow
     from trainer_attrib.types import SketchConfig as SketchConfig
 
 _HOME = {
@@ -26,6 +27,7 @@ _HOME = {
     "Influence": "trainer_attrib.analysis.results",
     "Ledger": "trainer_attrib.ledger.reader",
     "Recorder": "trainer_attrib.capture.recorder",
+    "Shadow": "trainer_attrib.types",
     "SketchConfig": "trainer_attrib.types",
     "StageEffects": "trainer_attrib.analysis.results",
     "TrainerAttribError": "trainer_attrib.errors",
@@ -37,6 +39,7 @@ __all__ = [
     "Influence",
     "Ledger",
     "Recorder",
+    "Shadow",
     "SketchConfig",
     "StageEffects",
     "TrainerAttribError",

@@ -98,6 +98,38 @@ class SketchConfig:
         return asdict(self)
 
 
-def _require(holds: bool, found: str, expected: str) -> None:
+@dataclass(frozen=True)
+class Shadow:
+    """Weights as they would be had an earlier stage not been executed, trained along with the stage being recorded.
+
+    Args:
+        of: name of the earlier stage.
+        thin: the shadow's gradients are compared with the model's on 1/thin of each step's examples. Costs two passes
+            over them: ``2 / (thin * every)`` of the training's, for all replicas together.
+        every: compare at every n-th step; the steps between use the comparison before them.
+        replicas: shadows of the same stage on disjoint examples, ``1 / (thin * replicas)`` of each step's. How much
+            they differ tells how uncertain they are.
+        device: where weights and optimizer state of the shadow are kept, for instance ``"cpu"``; None: with the
+            model's.
+
+    Raises:
+        ConfigurationError: a value that cannot work.
+    """
+
+    of: str
+    thin: int = 4
+    every: int = 1
+    replicas: int = 1
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("thin", "every", "replicas"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and value >= 1
+            _require(whole, f"{name}={value!r}", "an integer of at least 1", by="Shadow")
+        _require(isinstance(self.of, str) and bool(self.of), f"of={self.of!r}", "the name of a stage", by="Shadow")
+
+
+def _require(holds: bool, found: str, expected: str, by: str = "SketchConfig") -> None:
     if not holds:
-        raise ConfigurationError(f"SketchConfig got {found}, expected {expected}.", fix="correct this argument.")
+        raise ConfigurationError(f"{by} got {found}, expected {expected}.", fix="correct this argument.")

@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.recorder import Recorder
+from trainer_attrib.capture.shadows.refusals import Asked, asked_shadows
 from trainer_attrib.errors import ConfigurationError, MissingExtraError
 from trainer_attrib.ledger.journal import check_place
 from trainer_attrib.ledger.resuming import place_to_begin
@@ -26,7 +27,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("transformers", "huggingface") from error
 
-from trainer_attrib_integrations import sidecar
+from trainer_attrib_integrations import shadows_huggingface, sidecar
 from trainer_attrib_integrations.loss_forms import loss_form
 from trainer_attrib_integrations.riding_ids import RidingIds
 from trainer_attrib_integrations.wrapped import Wrapped
@@ -47,6 +48,8 @@ class AttributionCallback(TrainerCallback):
         sketch: how gradients are compressed.
         snapshots: how many snapshots inside the stage, beside its start and end.
         strict: raise capture faults; otherwise they are reported once and training goes on.
+        shadow: earlier stages without which weights are trained along, by name or as :class:`types.Shadow`
+            (docs/recording.md).
         id_column: column with a unique name per example.
         source_column: column that says where an example comes from.
 
@@ -62,12 +65,15 @@ class AttributionCallback(TrainerCallback):
         sketch: SketchConfig | None = None,
         snapshots: int = 3,
         strict: bool = False,
+        shadow: Asked = (),
         id_column: str = "id",
         source_column: str = "source",
     ) -> None:
         check_place(ledger, stage)
         self._ledger, self._stage, self._attempts = ledger, stage, 0
-        self._options: dict[str, Any] = {"sketch": sketch, "snapshots": snapshots, "strict": strict}
+        self._options: dict[str, Any] = {
+            "sketch": sketch, "snapshots": snapshots, "strict": strict, "shadow": asked_shadows(shadow),
+        }  # fmt: skip
         self._columns = (id_column, source_column)
         self._closes_itself = False
         self._checkpoint: Path | None = None  # that training resumes from, if it was named
@@ -101,7 +107,7 @@ class AttributionCallback(TrainerCallback):
         stage, after_step = Processes.current().led(lambda: self._place(name, args, state))
         self._attempts += after_step == 0
         tokenizer = kwargs.get("processing_class")
-        self._recorder = Recorder(
+        recorder = Recorder(
             self._ledger,
             stage=stage,
             model=kwargs["model"],
@@ -111,7 +117,10 @@ class AttributionCallback(TrainerCallback):
             loss=self._loss,
             facts=_facts(args, self._trainer),
             **self._options,
-        ).start(after_step=after_step)
+        )
+        if recorder.shadows:
+            shadows_huggingface.surround(recorder, self._trainer, self._loss)
+        self._recorder = recorder.start(after_step=after_step)
         leads = Processes.current().leads
         if leads and state.global_step and not after_step:
             logger.info(
@@ -163,7 +172,10 @@ class AttributionCallback(TrainerCallback):
                 self._ids = ids
             elif Processes.current().leads:
                 logger.warning("column '%s' does not fit the loader's rows; ids are content hashes", self._columns[0])
-        self._wrapped.put(self._trainer, "training_step", self._naming(self._trainer.training_step))
+        training_step: Callable[..., Any] = self._trainer.training_step
+        if self._recorder is not None and self._recorder.shadows:
+            training_step = shadows_huggingface.offering(self._recorder, self._trainer, self._loss, training_step)
+        self._wrapped.put(self._trainer, "training_step", self._naming(training_step))
         accelerator = self._trainer.accelerator
         self._wrapped.put(accelerator, "clip_grad_norm_", self._telling(accelerator.clip_grad_norm_))
 

@@ -16,10 +16,12 @@ from torch import Tensor
 from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.recorder import Recorder
+from trainer_attrib.capture.shadows.refusals import Asked, asked_shadows
 from trainer_attrib.errors import ConfigurationError, MissingExtraError
 from trainer_attrib.ledger.journal import check_place
 from trainer_attrib.ledger.resuming import place_to_begin
 from trainer_attrib.types import SketchConfig
+from trainer_attrib_integrations.shadows_lightning import OfferedBatches
 
 
 def _callback_class() -> Any:
@@ -55,6 +57,8 @@ class AttributionCallback(Callback):
         sketch: how gradients are compressed.
         snapshots: how many snapshots inside the stage, beside its start and end.
         strict: raise capture faults; otherwise they are reported once and training goes on.
+        shadow: earlier stages without which weights are trained along, by name or as :class:`types.Shadow`
+            (docs/recording.md).
         id_key: key of a dict batch with a unique name per example.
         source_key: key of a dict batch that says where each example comes from.
 
@@ -70,16 +74,20 @@ class AttributionCallback(Callback):
         sketch: SketchConfig | None = None,
         snapshots: int = 3,
         strict: bool = False,
+        shadow: Asked = (),
         id_key: str = "id",
         source_key: str = "source",
     ) -> None:
         check_place(ledger, stage)
         self._ledger, self._stage, self._attempts = ledger, stage, 0
-        self._options: dict[str, Any] = {"sketch": sketch, "snapshots": snapshots, "strict": strict}
+        self._options: dict[str, Any] = {
+            "sketch": sketch, "snapshots": snapshots, "strict": strict, "shadow": asked_shadows(shadow),
+        }  # fmt: skip
         self._keys = (id_key, source_key)
         self._recorder: Recorder | None = None
         self._left: dict[str, Any] = {}  # what a stage that broke off would have noted
         self._noted: dict[str, Any] = {}  # by the checkpoint that training resumes from
+        self._offered: OfferedBatches | None = None  # where there are shadows
         self._batch = ExitStack()  # holds the recorder's block from a batch's start to its end
 
     # ---- a stage ------------------------------------------------------------------------------------------------
@@ -97,7 +105,7 @@ class AttributionCallback(Callback):
         )
         self._noted = {}
         self._attempts += after_step == 0
-        self._recorder = Recorder(
+        recorder = Recorder(
             self._ledger,
             stage=stage,
             model=pl_module,
@@ -106,7 +114,12 @@ class AttributionCallback(Callback):
             total_steps=_total_steps(trainer, after_step),
             facts=_facts(trainer, pl_module),
             **self._options,
-        ).start(after_step=after_step)
+        )
+        offered = OfferedBatches(recorder, trainer, pl_module) if recorder.shadows else None
+        self._recorder = recorder.start(after_step=after_step)
+        if offered is not None:
+            offered.install()
+        self._offered = offered
         if trainer.global_step and not after_step:
             logger.info(
                 "stage '%s' begins after step %d of the training; what came before is not in it",
@@ -118,7 +131,7 @@ class AttributionCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the stage."""
-        self._batch.close()
+        self._leave()
         if self._recorder is not None:
             self._recorder.finish()
 
@@ -145,8 +158,15 @@ class AttributionCallback(Callback):
         """Called before training resumes from a checkpoint."""
         self._noted = state_dict
 
-    def _stop(self, reason: str) -> None:
+    def _leave(self) -> None:
+        """Leave module and trainer as they were."""
         self._batch.close()
+        if self._offered is not None:
+            self._offered.remove()
+        self._offered = None
+
+    def _stop(self, reason: str) -> None:
+        self._leave()
         if self._recorder is not None:
             self._recorder.interrupt(reason)
             self._left = self._recorder.checkpoint()  # a checkpoint may yet be saved, on the way out
@@ -167,6 +187,11 @@ class AttributionCallback(Callback):
         if self._recorder is not None:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._recorder.note_loss(loss if scaler is None else loss.detach() / scaler.scale(torch.ones_like(loss)))
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Compare gradients with those of the shadows, before the step is taken."""
+        if self._offered is not None:
+            self._offered.offer()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The batch is over."""

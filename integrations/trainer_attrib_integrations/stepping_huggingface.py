@@ -7,7 +7,6 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +21,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("transformers", "huggingface") from error
 
-from trainer_attrib_integrations.wrapped import Wrapped
+from trainer_attrib_integrations.training_step import loss_of_training_step
 
 
 class TrainerSteps:
@@ -145,26 +144,17 @@ class _MicroBatch:
 
     def __call__(self) -> Tensor:
         trainer: Any = self._trainer
-        again, losses = self._inputs is not None, []
+        again = self._inputs is not None
         trainer.current_gradient_accumulation_steps = self._count
         for name, value in self._facts.items():
             setattr(trainer.state, name, value)
         counted = getattr(trainer, "_step", None)  # by trainers of rollouts, who generate at some of these
-        with (
-            _replaced(trainer.accelerator, "backward", lambda loss, **_: losses.append(loss)),
-            _replaced(trainer, "_prepare_inputs", self._prepare(trainer._prepare_inputs)),
-        ):
-            trainer.training_step(self._model, self._batch, self._items)
+        prepare = self._prepare(trainer._prepare_inputs)
+        loss = loss_of_training_step(trainer, trainer.training_step, self._model, self._batch, self._items, prepare)
         if again and counted is not None:
             trainer._step = counted
         _forget_metrics(trainer)
-        if len(losses) != 1:
-            raise ConfigurationError(
-                f"{type(trainer).__name__}.training_step called accelerator.backward {len(losses)} times, not once.",
-                cause="a training_step of the trainer's own takes the gradients itself.",
-                fix="override compute_loss instead, or let the stage be retrained as a whole.",
-            )
-        return losses[0]
+        return loss
 
     def _prepare(self, prepare: Any) -> Any:
         def prepared(batch: Any) -> Any:
@@ -173,16 +163,6 @@ class _MicroBatch:
             return copy.copy(self._inputs)  # losses take labels out of it
 
         return prepared
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
-    wrapped = Wrapped()
-    wrapped.put(owner, name, method)
-    try:
-        yield
-    finally:
-        wrapped.remove()
 
 
 def _forget_metrics(trainer: Any) -> None:

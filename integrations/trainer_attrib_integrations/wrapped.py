@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -23,3 +25,15 @@ class Wrapped:
             owner, name, own = self._before.pop()
             owner.__dict__.pop(name, None)
             owner.__dict__.update(own)
+
+
+@contextmanager
+def replaced(owner: Any, **methods: Any) -> Iterator[None]:
+    """Methods of one object replaced for the time of a block."""
+    wrapped = Wrapped()
+    try:
+        for name, method in methods.items():
+            wrapped.put(owner, name, method)
+        yield
+    finally:
+        wrapped.remove()

@@ -56,6 +56,7 @@ class BatchWatch:
         self._content: Any = None  # the batch that the block was given
         self._whole: MicroBatch | None = None  # what takes every forward pass of the block
         self._newest: MicroBatch | None = None
+        self._muted = False
         self._misfit = False  # ids that did not fit were reported
         self._handles: list[Any] = []
 
@@ -70,6 +71,15 @@ class BatchWatch:
         """Remove every hook; safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Forward passes inside are none of training's."""
+        record, self._tap.record, self._muted = self._tap.record, None, True
+        try:
+            yield
+        finally:
+            self._tap.record, self._muted = record, False
 
     @contextmanager
     def block(self, known: Known, content: Any) -> Iterator[None]:
@@ -91,7 +101,7 @@ class BatchWatch:
         if not self._wanted():
             return
         if self._whole is None:
-            self._whole = self._open(*_tensors(self._content))
+            self._whole = self._open(*tensors_of(self._content))
         else:
             record = self._whole.record
             record = self._tap.open(record.rows, record.layout, record.segments)
@@ -99,7 +109,7 @@ class BatchWatch:
             self._add(self._whole)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or self._whole is not None:
+        if self._muted or not torch.is_grad_enabled() or self._whole is not None:
             return  # evaluation, generation, a reference model's pass; or the block's record takes it
         if self._wanted() and (module.training or self._known is not None):
             self._attempt(lambda: self._open(args, kwargs))
@@ -136,7 +146,7 @@ class BatchWatch:
         if micro is None or self._tap.record is not micro.record or not torch.is_grad_enabled():
             return
         if not self._loss.weighted and (module is self._model or self._whole is not None):
-            labels = kwargs["labels"] if "labels" in kwargs else _tensors(self._content)[1].get("labels")
+            labels = kwargs["labels"] if "labels" in kwargs else tensors_of(self._content)[1].get("labels")
             self._attempt(lambda: watch_output(micro, labels, output))
 
 
@@ -150,7 +160,7 @@ def open_micro_batch(
     """
     content = batch_content(args, kwargs)
     if content is None:  # a trainer that calls its loss through the model's forward hands over the batch itself
-        args, kwargs = _tensors((args, kwargs))
+        args, kwargs = tensors_of((args, kwargs))
         content = batch_content(args, kwargs)
     if content is None or content.shape[0] == 0:
         return None
@@ -197,7 +207,7 @@ def batch_content(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
     return next(iter([*named, *tensors]), None)
 
 
-def _tensors(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def tensors_of(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """A batch as the arguments of a forward pass: its tensors, the largest (no label) first, and by name."""
     found: list[Tensor] = []
     named: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from trainer_attrib.capture.beside import stored_buffers, stored_moments, stored
 from trainer_attrib.capture.coverage import Coverage
 from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.processes import Processes, is_sharded, whole
+from trainer_attrib.capture.shadows.shadows import Shadows
 from trainer_attrib.capture.stage_facts import stage_facts
 from trainer_attrib.capture.window import Describe
 from trainer_attrib.ledger.following import FollowingJournal
@@ -85,11 +87,12 @@ class OpenStage:
     reports: dict[int, Coverage] = field(default_factory=dict)  # by optimizer
 
 
-def open_stage(recording: Recording, after_step: int) -> OpenStage:
+def open_stage(recording: Recording, shadows: Shadows, after_step: int) -> OpenStage:
     """Begin the stage, or go on with one that broke off; one process does, the others follow.
 
     Raises:
         LedgerError: the stage cannot be begun, or not be gone on with.
+        ConfigurationError: a shadow cannot be trained along.
     """
     facts = stage_facts(recording.model, recording.optimizers, recording.plan, recording.sketch, recording.trainable)
     facts |= {"processes": recording.processes.size, "sharded": recording.sharded} | recording.facts
@@ -101,9 +104,12 @@ def open_stage(recording: Recording, after_step: int) -> OpenStage:
     def begin() -> dict[str, Any]:
         storage, name, trainable = recording.storage, recording.name, recording.trainable
         if after_step:
+            shadows.prepare_again(name, recording.weights())
             made.append(StageJournal.resume(storage, name, after_step, trainable, facts))
         else:
-            made.append(StageJournal.begin(storage, name, weights, trainable, facts, beside))
+            check = functools.partial(shadows.prepare, start=weights)
+            made.append(StageJournal.begin(storage, name, weights, trainable, facts, beside, check))
+        shadows.open(made[0], after_step)
         return made[0].meta
 
     meta = recording.processes.led(begin)

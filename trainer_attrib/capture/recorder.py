@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from trainer_attrib.capture.batch import BatchWatch
 from trainer_attrib.capture.discarded import DiscardedGradients
+from trainer_attrib.capture.ending import Ending
 from trainer_attrib.capture.loss_facts import loss_facts
 from trainer_attrib.capture.messages import logger, show_messages
 from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.open_stage import Recording, open_stage
 from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.refusals import refuse_unknown_parallelism
-from trainer_attrib.capture.stage_facts import closing_line, preflight_lines, snapshot_steps
+from trainer_attrib.capture.shadows.parts import PartLoss
+from trainer_attrib.capture.shadows.refusals import Asked
+from trainer_attrib.capture.shadows.shadows import Shadows
+from trainer_attrib.capture.stage_facts import preflight_lines, snapshot_steps
 from trainer_attrib.capture.step_recorder import StepRecorder
 from trainer_attrib.capture.step_watch import StepWatch
 from trainer_attrib.capture.window import Describe, Known, MicroBatch, Names, Window
 from trainer_attrib.ledger.journal import check_place
-from trainer_attrib.tap.adapters import merged_weights
 from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.plan import WeightPlan, plan_sketch
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.types import LossForm, SketchConfig
 
 
-class Recorder:
+class Recorder(Ending):
     """Records one training stage into a ledger.
 
     Use it as a context manager around any loop; capture needs no further call, ``batch`` only adds what you know::
@@ -56,6 +59,8 @@ class Recorder:
         describe: token rows -> texts, to store what each example says; see :data:`capture.window.Describe`.
         loss: how the loss is made of examples: which rows of a forward pass form one, whether they are coupled.
         facts: anything else to keep in ``stage.json`` (loss, settings), JSON-ready.
+        shadow: earlier stages without which weights are trained along (docs/recording.md): names, or
+            :class:`types.Shadow`. Needs to know how the loss is computed, see :meth:`batch`.
         scaler: the gradient scaler that multiplies the loss, if there is one; that of accelerate's wrapper is found.
 
     Raises:
@@ -78,9 +83,10 @@ class Recorder:
         loss: LossForm | None = None,
         facts: dict[str, Any] | None = None,
         scaler: Any = None,
+        shadow: Asked = (),
     ) -> None:
         storage, sketch, loss = check_place(ledger, stage), sketch or SketchConfig(), loss or LossForm()
-        self._strict = strict
+        self._strict, self._sides = strict, loss.layout.sides
         self._watch = StepWatch(optimizer, scaler, self._after_step, self._after_skip)
         refuse_unknown_parallelism(model, self._watch.optimizers)
         plan = plan_sketch(model, sketch, self._watch.owners)
@@ -99,6 +105,10 @@ class Recorder:
             model, self._tap, loss, texts=describe is not None, wanted=self._captures, add=self._add,
             attempt=self.attempt,
         )  # fmt: skip
+        self.shadows = Shadows(
+            shadow, model, self._watch.optimizers, storage, quiet=self._batches.muted, strict=strict,
+            scale=lambda: self._watch.loss_scale(self._stage.like),
+        )  # fmt: skip
         self._open = self._running = False
         self._meter = Meter()
         self.step = 0
@@ -115,7 +125,7 @@ class Recorder:
             after_step: go on with a stage of this name that broke off, from a checkpoint taken after this step.
         """
         show_messages()
-        stage = open_stage(self._stage, after_step)
+        stage = open_stage(self._stage, self.shadows, after_step)
         self._journal, self._writer = stage.journal, stage.writer
         self._steps = [
             StepRecorder(stage, number, optimizer) for number, optimizer in enumerate(self._watch.optimizers)
@@ -126,9 +136,12 @@ class Recorder:
         if self._stage.processes.leads:
             for line in preflight_lines(self._stage.name, self._stage.plan, self._stage.sketch, self._journal.meta):
                 logger.info(line)
+            for line in self.shadows.lines():
+                logger.info("stage '%s': %s", self._stage.name, line)
         self._batches.attach()
         self._tap.attach()
         self._watch.attach()
+        self.shadows.attach()
         self._open = self._running = True
         return self
 
@@ -160,6 +173,8 @@ class Recorder:
         denominator: float | None = None,
         content: Any = None,
         if_they_fit: bool = False,
+        loss: Callable[[Any], Tensor] | None = None,
+        of: Any = None,
     ) -> AbstractContextManager[None]:
         """Name the examples of the forward passes inside the block.
 
@@ -171,9 +186,16 @@ class Recorder:
             content: the batch itself, a tensor or any nesting of dicts and lists of them. Give it where the forward
                 pass does not go through ``model(...)`` but through its submodules, or several times.
             if_they_fit: name the examples by content where ids do not fit their number; otherwise that is a fault.
+            loss: for shadows: computes the loss again, as it is backpropagated, on a part of ``of``; called when the
+                block ends, which must be after the backward pass and before the optimizer's step.
+            of: for shadows: the batch, tensors with examples along the first axis in any nesting of dicts and lists.
         """
         kept = ids.detach().clone() if isinstance(ids, Tensor) else ids  # the loop may reuse its buffer
-        return self._batches.block(Known(kept, sources, texts, denominator, if_they_fit), content)
+        block = self._batches.block(Known(kept, sources, texts, denominator, if_they_fit), content)
+        if not self.shadows:
+            return block
+        part = None if loss is None else PartLoss(of, loss, self._sides)
+        return self.shadows.around(block, part)
 
     def note_loss(self, loss: Any) -> None:
         """Add a micro-batch's loss to the current step's: as backpropagated, but before a scaler multiplied it."""
@@ -191,6 +213,7 @@ class Recorder:
             self.attempt(self._writer.flush)
         if self.fault is not None:
             return {}
+        self.shadows.checkpoint(self.step)
         return {"stage": self._stage.name, "step": self.step, "began": self._journal.meta["began"]}
 
     def note_gradient_norm(self, before_clipping: Any, threshold: float) -> None:
@@ -230,6 +253,7 @@ class Recorder:
     def _skip(self, steps: StepRecorder) -> None:
         window = self._window.take(self._taken(steps))
         steps.skip(window, self.step, {"epoch": self.epoch})
+        self.shadows.skip()
         self._batches.renew()
 
     def _taken(self, steps: StepRecorder) -> list[WeightPlan] | None:
@@ -263,6 +287,8 @@ class Recorder:
         if not captured:  # another optimizer's steps are, or it would be empty
             window.micro_batches = []
         steps.count += 1
+        if self._running and self.shadows:
+            self.attempt(lambda: self.shadows.step(window.norms))
         if captured or self._stage.processes.size > 1:
             self.attempt(lambda: steps.check(window if self._running else None))
         if self._running:
@@ -280,65 +306,3 @@ class Recorder:
         if self._running:
             name = f"mid-{self._snapshot_steps.index(self.step) + 1}"
             self._journal.snapshot(name, self.step, weights, self._stage.beside())
-
-    # ---- faults ---------------------------------------------------------------------------------------------------
-
-    def _fault(self, fault: Exception) -> None:
-        """Report once, stop capturing, let training go on (or raise, if strict)."""
-        if not self._running:
-            return
-        self.fault = fault
-        self._seal()
-        if self._strict:
-            raise fault
-        logger.warning(
-            "stage '%s': capture stopped at step %d and training goes on. %s: %s. What was sealed is kept; the stage "
-            "is marked incomplete. Pass strict=True to raise instead.",
-            self._stage.name, self.step, type(fault).__name__, fault,
-        )  # fmt: skip
-
-    def _detach(self) -> None:
-        """Remove every hook. Among several processes steps are still counted, to take turns until the stage closes."""
-        self._running = False
-        self._tap.detach()
-        self._batches.detach()
-        if self._stage.processes.size == 1 or not self._open:
-            self._watch.detach()
-
-    def _seal(self) -> None:
-        """Remove the hooks and seal what was captured, whatever else fails."""
-        self._detach()
-        try:
-            self._writer.close()
-        except Exception as fault:
-            self.fault = self.fault or fault
-        if self.fault is not None:
-            reason = f"capture fault at step {self.step}: {type(self.fault).__name__}: {self.fault}"
-            with suppress(Exception):  # the disk may be what failed; the caller hears of the first fault
-                self._journal.update(status="incomplete", reason=reason)
-
-    def _close(self, status: str, reason: str, *, reached_end: bool) -> None:
-        """Close an open stage. One that capture dropped out of still gets its end weights, which link its children."""
-        if not self._open:
-            return
-        self._open = False
-        known = self.fault
-        if self._running:
-            self._seal()
-        self._detach()
-        if self.fault is not None:
-            status, reason = "incomplete", self._journal.meta["reason"]
-        try:
-            if reached_end and not self._stage.processes.agree(self.fault is None) and self.fault is None:
-                status, reason = "incomplete", "capture stopped in another process of the training"
-            weights = self._stage.weights() if reached_end else None
-            merged = () if self._stage.sharded else merged_weights(self._stage.model)
-            self._journal.end(status, reason, self.step, weights, merged, self._stage.beside() if reached_end else None)
-        except Exception as fault:
-            self.fault = self.fault or fault
-        if self.fault is None and self._stage.processes.leads:
-            logger.info(closing_line(self._stage.name, status, self._writer.sealed(), self._meter.share(self._tap)))
-        if self.fault is not None and self.fault is not known:
-            if self._strict:
-                raise self.fault
-            logger.warning("stage '%s' could not be closed as a whole: %s", self._stage.name, self.fault)

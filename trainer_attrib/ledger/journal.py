@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from trainer_attrib.ledger.schema import (
     beside_name,
     check_format,
     check_stage_name,
+    shadow_name,
+    shadow_state_name,
     snapshot_name,
     version_name,
 )
@@ -26,6 +28,9 @@ from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors, save_t
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.types import SketchConfig
 from trainer_attrib.version import __version__
+
+KEPT_STATES = 3
+"""Checkpoints of which the shadows are kept; resuming from an older one goes on without them."""
 
 Beside = Mapping[str, Mapping[str, Tensor]]
 """Kind (``moments``, ``buffers``, ``optimizer``) -> name -> value; an empty kind is not stored."""
@@ -48,6 +53,7 @@ class StageJournal:
         trainable: set[str],
         facts: dict[str, Any],
         beside: Beside | None = None,
+        check: Callable[[Link], None] = lambda link: None,
     ) -> StageJournal:
         """Create the stage.
 
@@ -58,6 +64,7 @@ class StageJournal:
             trainable: the names of those that train.
             facts: what else to store (plan, optimizer, versions of the software), JSON-ready.
             beside: what to store beside the weights of the start.
+            check: called with the stage's link to its parent, to refuse it before anything of it is stored.
 
         Raises:
             StageExistsError: the name is taken.
@@ -68,6 +75,7 @@ class StageJournal:
         if link.parent is not None:
             trained_before = set(StageReader(storage, link.parent).meta["trainable"])
             link = replace(link, frozen=tuple(sorted((trained_before & start.keys()) - trainable)))
+        check(link)
         if not storage.create_folder(f"stages/{name}"):
             raise stage_exists(storage, name)
         meta: dict[str, Any] = {
@@ -120,7 +128,11 @@ class StageJournal:
         kept = [entry for entry in stage.meta["snapshots"] if entry["step"] <= after_step]
         attempt = {"after_step": after_step, "parts": stage.part_counts()}
         journal = StageJournal(storage, name, trainable, stage.meta)
-        journal.update(status="recording", reason="", snapshots=kept, resumed=[*stage.meta["resumed"], attempt])
+        states = [entry for entry in stage.meta.get("shadow_states", []) if entry["step"] <= after_step]
+        journal.update(
+            status="recording", reason="", snapshots=kept, shadow_states=states,
+            resumed=[*stage.meta["resumed"], attempt],
+        )  # fmt: skip
         return journal
 
     def update(self, **changes: Any) -> None:
@@ -167,6 +179,44 @@ class StageJournal:
         self.update(versions=[*self.meta["versions"], {"version": version, "after_step": step, **entry}])
         return version
 
+    def keep_shadow(self, of: str, replica: int, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Store a shadow at the stage's end; returns what its entry says of the files.
+
+        Args:
+            of: the stage that it is without.
+            replica: its number.
+            parts: ``weights``, and ``buffers`` and ``optimizer`` unless they are empty.
+        """
+        entries = {
+            kind: save_tensors(
+                self._storage, f"{self._folder}/{shadow_name(of, replica, '' if kind == 'weights' else kind)}",
+                dict(tensors),
+            )
+            for kind, tensors in parts.items()
+            if tensors or kind == "weights"
+        }  # fmt: skip
+        return entries.pop("weights") | entries
+
+    def keep_shadow_states(self, step: int, states: Iterable[tuple[dict[str, Any], dict[str, Tensor]]]) -> None:
+        """Store shadows for a checkpoint taken after a step; those of the two checkpoints before it are kept too.
+
+        Args:
+            step: the last one.
+            states: entry (``of``, ``replica`` and counts) and tensors of each shadow.
+        """
+        known: list[dict[str, Any]] = self.meta.get("shadow_states", [])
+        for entry, tensors in states:
+            name = shadow_state_name(entry["of"], entry["replica"], step)
+            known = [*known, {**entry, "step": step, **save_tensors(self._storage, f"{self._folder}/{name}", tensors)}]
+        self._keep_states(known, sorted({entry["step"] for entry in known})[-KEPT_STATES:])
+
+    def _keep_states(self, known: list[dict[str, Any]], steps: Iterable[int]) -> None:
+        self.update(shadow_states=[entry for entry in known if entry["step"] in steps])
+        for entry in known:
+            if entry["step"] not in steps:
+                name = shadow_state_name(entry["of"], entry["replica"], entry["step"])
+                self._storage.remove(f"{self._folder}/{name}")
+
     def end(
         self,
         status: str,
@@ -191,6 +241,8 @@ class StageJournal:
             end = describe_weights(weights)
             self._describe({"end": end, "merged": describe_merged(merged)})
             self.meta["weights"]["end"] = combined(end)
+            if states := self.meta.get("shadow_states"):
+                self._keep_states(states, ())  # nothing goes on with this stage
         self.update(status=status, reason=reason, ended=time.time())
 
     def _describe(self, weights: dict[str, Any]) -> None:

@@ -123,6 +123,16 @@ def beside_name(name: str, kind: str) -> str:
     return f"snapshots/{name}.{kind}.safetensors"
 
 
+def shadow_name(of: str, replica: int, kind: str = "") -> str:
+    """Relative name of the file with a shadow's weights at the end of a stage, or its ``buffers`` or ``optimizer``."""
+    return f"snapshots/shadow-{check_stage_name(of)}-{int(replica)}{kind and '.'}{kind}.safetensors"
+
+
+def shadow_state_name(of: str, replica: int, step: int) -> str:
+    """Relative name of the file with everything of a shadow after a step that a checkpoint was taken at."""
+    return f"shadows/{check_stage_name(of)}-{int(replica)}-step-{int(step)}.safetensors"
+
+
 def version_name(version: int) -> str:
     """Relative name of a second-moment version's file inside its stage."""
     return f"second_moment/version-{version:04d}.safetensors"

@@ -123,6 +123,11 @@ class Storage:
         """Write a JSON object atomically."""
         self.write(name, json.dumps(data, indent=1, allow_nan=False).encode())
 
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing if it is not there."""
+        if self.exists(name):
+            self._fs.rm_file(self.path(name))
+
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """A temporary path whose content replaces ``name`` as a whole, durably, when the block ends without an error.

@@ -9,11 +9,15 @@ from torch import Tensor
 
 from trainer_attrib.errors import StageNotFoundError
 from trainer_attrib.ledger.schema import beside_name, check_format, check_stage_name, snapshot_name, version_name
+from trainer_attrib.ledger.shadowed import Shadowed, nested
 from trainer_attrib.ledger.snapshots import load_tensors
 from trainer_attrib.ledger.storage import Storage
 
+BESIDE = ("moments", "buffers", "optimizer")
+"""What may be stored beside a snapshot."""
 
-class StageTensors:
+
+class StageTensors(Shadowed):
     """One stage's ``stage.json`` and the tensors that it lists. All are read onto the CPU."""
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -97,17 +101,4 @@ class StageTensors:
         for version in self.meta["versions"]:
             path = f"{self._folder}/{version_name(version['version'])}"
             yield f"second moments of version {version['version']}", path, version
-
-
-BESIDE = ("moments", "buffers", "optimizer")
-"""What may be stored beside a snapshot."""
-
-
-def nested(flat: dict[str, Tensor]) -> dict[int, dict[str, dict[str, Tensor]]]:
-    """``NUMBER/PARAMETER/KEY`` -> number -> parameter -> key."""
-    found: dict[int, dict[str, dict[str, Tensor]]] = {}
-    for path, value in flat.items():
-        number, _, rest = path.partition("/")
-        parameter, _, key = rest.rpartition("/")
-        found.setdefault(int(number), {}).setdefault(parameter, {})[key] = value
-    return found
+        yield from self._shadow_files()

@@ -1,0 +1,101 @@
+"""How a recording ends: whole, broken off, or after a fault. It always leaves training as it was."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from trainer_attrib.capture.batch import BatchWatch
+from trainer_attrib.capture.messages import logger
+from trainer_attrib.capture.meter import Meter
+from trainer_attrib.capture.open_stage import Recording
+from trainer_attrib.capture.shadows.shadows import Shadows
+from trainer_attrib.capture.stage_facts import closing_line
+from trainer_attrib.capture.step_watch import StepWatch
+from trainer_attrib.ledger.journal import StageJournal
+from trainer_attrib.ledger.writer import StageWriter
+from trainer_attrib.tap.adapters import merged_weights
+from trainer_attrib.tap.module_tap import ModuleTap
+
+
+class Ending:
+    """The end of a :class:`capture.recorder.Recorder`'s life."""
+
+    step: int
+    fault: Exception | None
+    shadows: Shadows
+    _strict: bool
+    _open: bool
+    _running: bool
+    _watch: StepWatch
+    _tap: ModuleTap
+    _batches: BatchWatch
+    _stage: Recording
+    _journal: StageJournal
+    _writer: StageWriter
+    _meter: Meter
+
+    def _fault(self, fault: Exception) -> None:
+        """Report once, stop capturing, let training go on (or raise, if strict)."""
+        if not self._running:
+            return
+        self.fault = fault
+        self._seal()
+        if self._strict:
+            raise fault
+        logger.warning(
+            "stage '%s': capture stopped at step %d and training goes on. %s: %s. What was sealed is kept; the stage "
+            "is marked incomplete. Pass strict=True to raise instead.",
+            self._stage.name, self.step, type(fault).__name__, fault,
+        )  # fmt: skip
+
+    def _detach(self) -> None:
+        """Remove every hook. Among several processes steps are still counted, to take turns until the stage closes."""
+        self._running = False
+        self._tap.detach()
+        self._batches.detach()
+        self.shadows.detach()
+        if self._stage.processes.size == 1 or not self._open:
+            self._watch.detach()
+
+    def _seal(self) -> None:
+        """Remove the hooks and seal what was captured, whatever else fails."""
+        self._detach()
+        try:
+            self._writer.close()
+        except Exception as fault:
+            self.fault = self.fault or fault
+        if self.fault is not None:
+            reason = f"capture fault at step {self.step}: {type(self.fault).__name__}: {self.fault}"
+            with suppress(Exception):  # the disk may be what failed; the caller hears of the first fault
+                self.shadows.interrupt(reason)
+                self._journal.update(status="incomplete", reason=reason)
+
+    def _close(self, status: str, reason: str, *, reached_end: bool) -> None:
+        """Close an open stage. One that capture dropped out of still gets its end weights, which link its children."""
+        if not self._open:
+            return
+        self._open = False
+        known = self.fault
+        if self._running:
+            self._seal()
+        self._detach()
+        if self.fault is not None:
+            status, reason = "incomplete", self._journal.meta["reason"]
+        try:
+            if reached_end and not self._stage.processes.agree(self.fault is None) and self.fault is None:
+                status, reason = "incomplete", "capture stopped in another process of the training"
+            weights = self._stage.weights() if reached_end else None
+            if reached_end:
+                self.shadows.finish()
+            else:
+                self.shadows.interrupt(reason)
+            merged = () if self._stage.sharded else merged_weights(self._stage.model)
+            self._journal.end(status, reason, self.step, weights, merged, self._stage.beside() if reached_end else None)
+        except Exception as fault:
+            self.fault = self.fault or fault
+        if self.fault is None and self._stage.processes.leads:
+            logger.info(closing_line(self._stage.name, status, self._writer.sealed(), self._meter.share(self._tap)))
+        if self.fault is not None and self.fault is not known:
+            if self._strict:
+                raise self.fault
+            logger.warning("stage '%s' could not be closed as a whole: %s", self._stage.name, self.fault)
