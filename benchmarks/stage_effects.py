@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
+import gc
+import logging
 import tempfile
 import time
 from fnmatch import fnmatch
@@ -35,13 +37,15 @@ from stage_runs.regimes import REGIMES, Regime
 from stage_runs.runs import NOISE, TRUTH, run, timed
 from stage_runs.targets import checks_of
 
-QUICK = "AdamW gentle,LM AdamW gentle"
+from trainer_attrib.capture.messages import logger
+
+QUICK_REGIMES, QUICK_METHODS = "AdamW gentle,LM AdamW gentle", f"subtract,{REPLAY},{EXACT},auto"
 RANDOM, ALL = "random", "all"
 
 
 def main() -> None:
     arguments = report.parser((__doc__ or "").splitlines()[0])
-    arguments.add_argument("--methods", default="*", help="globs of names, separated by commas")
+    arguments.add_argument("--methods", default=None, help="globs of names, separated by commas")
     arguments.add_argument("--regimes", default=None, help="globs of names, separated by commas")
     arguments.add_argument("--cache", type=Path, default=None, help="folder where trained regimes are kept")
     arguments.add_argument("--raw", type=Path, default=None, help="Parquet file for every effect, bar and truth")
@@ -49,13 +53,15 @@ def main() -> None:
     torch.set_num_threads(1)
     digits.quiet()
     charlm.quiet()
+    logger.setLevel(logging.WARNING)
+    gc.freeze()  # the Trainer collects garbage at every start, each time through all that was imported
     with tempfile.TemporaryDirectory() as temporary:
         rows, exact = measured(options, options.cache or Path(temporary))
     if options.raw:
         pq.write_table(pa.Table.from_pylist(raw(rows)), options.raw)
     table, stages = tabulated(rows)
     checks = checks_of(table, exact)
-    complete = not options.quick and options.methods == "*" and options.regimes is None
+    complete = not options.quick and options.methods is None and options.regimes is None
     report.publish("stage_effects", table, checks, quick=not complete, notes=notes_of(rows), details={"stages": stages})
     if options.quick:
         assert_sound(table, exact)
@@ -63,12 +69,13 @@ def main() -> None:
 
 def measured(options: argparse.Namespace, cache: Path) -> tuple[list[dict[str, Any]], bool]:
     """Rows of every method at every regime and seed, and whether every training could be run again exactly."""
-    patterns = options.regimes or (QUICK if options.quick else "*")
+    patterns = options.regimes or (QUICK_REGIMES if options.quick else "*")
     regimes = [r for r in REGIMES if any(fnmatch(r.name, pattern.strip()) for pattern in patterns.split(","))]
+    methods = options.methods or (QUICK_METHODS if options.quick else "*")
     rows, exact = [], True
     for regime in regimes:
         for seed in range(options.seeds or (1 if options.quick else 3)):
-            found, same = measured_run(regime.shorter(2) if options.quick else regime, seed, cache, options.methods)
+            found, same = measured_run(regime.shorter(2) if options.quick else regime, seed, cache, methods)
             rows, exact = rows + found, exact and same
     return rows, exact
 

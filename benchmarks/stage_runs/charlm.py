@@ -75,7 +75,8 @@ class CharacterModel:
             arguments = TrainingArguments(
                 tempfile.gettempdir(), per_device_train_batch_size=BATCH, max_steps=self.regime.steps[number],
                 learning_rate=self.regime.rates[number], lr_scheduler_type="cosine", weight_decay=0.1, adam_beta2=0.95,
-                max_grad_norm=1.0, seed=seed, data_seed=seed, use_cpu=True, dataloader_pin_memory=False, dataloader_drop_last=True,
+                max_grad_norm=1.0, seed=seed, data_seed=seed, use_cpu=True, dataloader_pin_memory=False,
+                dataloader_drop_last=True,
                 report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
             )  # fmt: skip
             trainer = Trainer(
@@ -98,13 +99,15 @@ def _rows(domain: str) -> Dataset:
     return Dataset.from_dict({"input_ids": codes, "labels": codes})
 
 
-def _next(model: nn.Module, block: Tensor) -> tuple[Tensor, Tensor]:
-    return model(input_ids=block).logits[:, :-1].flatten(0, 1), block[:, 1:].flatten()
+def _next(model: nn.Module, items: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits and labels of all next characters, of one item after another."""
+    blocks = torch.cat(items)
+    return model(input_ids=blocks).logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()
 
 
 def _losses(model: nn.Module, items: list[Tensor]) -> Tensor:
-    return torch.stack([cross_entropy(*_next(model, block)) for block in items])
+    return cross_entropy(*_next(model, items), reduction="none").reshape(len(items), -1).mean(1)
 
 
 def _margins(model: nn.Module, items: list[Tensor]) -> Tensor:
-    return torch.stack([margins(*_next(model, block)).mean() for block in items])
+    return margins(*_next(model, items)).reshape(len(items), -1).mean(1)

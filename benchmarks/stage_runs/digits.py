@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import io
 import logging
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from offline_data import Package, cache as folder
+from offline_data import Package
+from offline_data import cache as folder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -43,7 +45,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 WHEEL = Package(
     "scikit_learn-1.7.2-cp311-cp311-manylinux2014_x86_64.manylinux_2_17_x86_64.whl",
     "89877e19a80c7b11a2891a27c21c4894fb18e2c2e077815bcade10d34287b20d",
-    ("python3", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.11",
+    (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.11",
      "--implementation=cp", "--abi=cp311", "--platform=manylinux2014_x86_64", "scikit-learn==1.7.2"),
 )  # fmt: skip
 

@@ -75,7 +75,7 @@ def _regimes(pipeline: str, short: str, optimizer: str, rate: float) -> list[Reg
 REGIMES = (
     *_regimes("classifier", "SGD", "SGD", 0.1),
     *_regimes("classifier", "AdamW", "AdamW", 5e-3),
-    *_regimes("language model", "LM AdamW", "AdamW", 1e-2),
+    *_regimes("language model", "LM AdamW", "AdamW", 3e-3),
 )
 
 

@@ -1,14 +1,14 @@
 """How effects are held against the truth.
 
-A *cell* is one regime, seed, stage and kind of behavior (losses, margins): a vector over the queries. Stages are all but
-the last one. Columns of the table, for each method and regime:
+A *cell* is one regime, seed, stage and kind of behavior (losses, margins): a vector over the queries. Stages are all
+but the last one. Columns of the table, for each method and regime:
 
 pearson, spearman   over a cell's queries; mean over cells (3 seeds x 3 stages x 2 kinds)
 rel. error          norm of a cell's errors over the norm of its true effects; median over cells
 per query           |error| / |true effect| of each query; median over all
 top-1               share of queries whose stage with the largest |effect| is the truly largest; mean over seeds, kinds
 cost                gradients of whole batches over the optimizer steps of the later stages
-bar spearman        of error bars and |errors|, over the queries and stages of a seed and kind; mean over these
+bar spearman        of error bars and |errors|, over all queries, stages and seeds of a kind; mean over kinds
 of cells            the same of cells: norm(bars) / norm(effects) and the cell's rel. error
 covered             share of errors within their bars
 """
@@ -33,6 +33,7 @@ class Cell:
     seed: int
     stage: str
     behavior: str
+    order: int
     effects: np.ndarray
     bars: np.ndarray
     true: np.ndarray
@@ -63,7 +64,7 @@ def cells(rows: Iterable[Row], truth: Iterable[Row]) -> list[Cell]:
         groups[(row["regime"], row["seed"], row["stage"], row["behavior"], row["order"])].append(row)
     return [
         Cell(
-            *key[:4],
+            *key,
             np.array([row["effect"] for row in group]),
             np.array([row["bar"] for row in group]),
             np.array([true[_key(row)]["effect"] for row in group]),
@@ -96,9 +97,9 @@ def scored(regime: str, method: str, found: Sequence[Cell]) -> Row:
         "spearman": _mean(correlation(ranks(c.effects), ranks(c.true)) for c in found),
         "rel. error": float(np.median([c.relative for c in found])),
         "per query": float(np.median(each)),
-        "top-1": _mean(_top(group) for group in _grouped(found, lambda c: (c.regime, c.seed, c.behavior))),
+        "top-1": _mean(_top(group) for group in _grouped(found, lambda c: (c.regime, c.seed, c.behavior, c.order))),
         "cost": _mean(c.cost for c in found),
-        "bar spearman": _mean(_bars(group) for group in _grouped(found, lambda c: (c.regime, c.seed, c.behavior))),
+        "bar spearman": _mean(_bars(group) for group in _grouped(found, lambda c: c.behavior)),
         "of cells": correlation(ranks([c.relative_bar for c in found]), ranks([c.relative for c in found])),
         "covered": float(np.mean(inside)),
     }
@@ -133,11 +134,8 @@ def ranks(values: Any) -> np.ndarray:
 
 
 def _top(group: Sequence[Cell]) -> float:
-    orders = len(group) // len({cell.stage for cell in group})  # fresh orders of the noise floor
-    sizes = np.array([np.nan_to_num(np.abs(cell.effects), nan=np.inf) for cell in group])
-    true = np.array([np.abs(cell.true) for cell in group])
-    same = [sizes[o::orders].argmax(0) == true[o::orders].argmax(0) for o in range(orders)]
-    return float(np.mean(same))
+    sizes, true = (np.abs([getattr(cell, what) for cell in group]) for what in ("effects", "true"))
+    return float(np.mean(np.nan_to_num(sizes, nan=np.inf).argmax(0) == true.argmax(0)))
 
 
 def _bars(group: Sequence[Cell]) -> float:

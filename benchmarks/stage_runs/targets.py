@@ -32,12 +32,11 @@ def checks_of(table: list[Row], exact: bool) -> dict[str, Any]:
             checks |= _held(at["propagate"], 0.20, 0.05)
         if AUTO in at and (best := _best(at)) is not None:
             ratio = at[AUTO]["rel. error"] / best if best > 0 else 1.0
-            checks[f"{regime.name}: auto's error over that of the best rung within its budget"] = report.check(
-                ratio, 1.5
-            )
+            checks[f"{regime.name}: auto's error over the best affordable rung's"] = report.check(ratio, 1.5)
     for (regime, method), row in found.items():
         if regime == "all" and method not in NO_BARS:
             checks[f"{method}: spearman of bars and errors"] = report.check(row["bar spearman"], 0.8, most=False)
+            checks[f"{method}: the same of cells"] = report.check(row["of cells"], 0.8, most=False)
             checks[f"{method}: errors within their bars"] = report.check(row["covered"], 0.8, most=False)
     return checks
 
