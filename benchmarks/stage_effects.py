@@ -32,14 +32,14 @@ import pyarrow.parquet as pq
 import report
 import torch
 from stage_runs import charlm, digits, scoring
-from stage_runs.contenders import EXACT, REPLAY, chosen
+from stage_runs.contenders import AUTO, EXACT, REPLAY, chosen
 from stage_runs.regimes import REGIMES, Regime
 from stage_runs.runs import NOISE, TRUTH, run, timed
 from stage_runs.targets import checks_of
 
 from trainer_attrib.capture.messages import logger
 
-QUICK_REGIMES, QUICK_METHODS = "AdamW gentle,LM AdamW gentle", f"subtract,{REPLAY},{EXACT},auto"
+QUICK_REGIMES, QUICK_METHODS = "AdamW gentle,LM AdamW gentle", f"subtract,{REPLAY},{EXACT},{AUTO}"
 RANDOM, ALL = "random", "all"
 
 

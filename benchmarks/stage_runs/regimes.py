@@ -1,4 +1,9 @@
-"""What is trained: the same four stages in six regimes of optimizer and later learning rates."""
+"""What is trained: the same four stages in six regimes of optimizer and later learning rates.
+
+The study that the methods come from gives lengths and the ratios of learning rates, not the rates. They were chosen by
+the noise floor alone, to be about the study's: with twice the rate of SGD, or three times that of the language model,
+retraining on another order of the data disagrees with itself (Pearson 0.57 for the first stage with SGD).
+"""
 
 from __future__ import annotations
 
@@ -73,7 +78,7 @@ def _regimes(pipeline: str, short: str, optimizer: str, rate: float) -> list[Reg
 
 
 REGIMES = (
-    *_regimes("classifier", "SGD", "SGD", 0.1),
+    *_regimes("classifier", "SGD", "SGD", 0.05),
     *_regimes("classifier", "AdamW", "AdamW", 5e-3),
     *_regimes("language model", "LM AdamW", "AdamW", 3e-3),
 )

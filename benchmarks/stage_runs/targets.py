@@ -6,7 +6,7 @@ from typing import Any
 
 import report
 
-from stage_runs.contenders import AUTO, CONTENDERS, EXACT, REPLAY
+from stage_runs.contenders import AUTO, BUDGET, CONTENDERS, EXACT, REPLAY
 from stage_runs.regimes import REGIMES
 from trainer_attrib.analysis.effects.auto import LADDER
 
@@ -52,7 +52,5 @@ def _held(row: Row, error: float, cost: float) -> dict[str, Any]:
 
 def _best(at: dict[str, Row]) -> float | None:
     """The smallest error among the ladder's rungs that auto could have paid for."""
-    budget = getattr(CONTENDERS[AUTO], "budget", 1.0)
     rungs = [name for name, method in CONTENDERS.items() if method in LADDER and name in at]
-    errors = [at[name]["rel. error"] for name in rungs if at[name]["cost"] <= budget]
-    return min(errors, default=None)
+    return min((at[name]["rel. error"] for name in rungs if at[name]["cost"] <= BUDGET), default=None)
