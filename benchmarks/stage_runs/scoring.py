@@ -64,13 +64,17 @@ def cells(rows: Iterable[Row], truth: Iterable[Row]) -> list[Cell]:
         groups[(row["regime"], row["seed"], row["stage"], row["behavior"], row["order"])].append(row)
     return [
         Cell(
-            *key,
+            regime,
+            seed,
+            stage,
+            behavior,
+            order,
             np.array([row["effect"] for row in group]),
             np.array([row["bar"] for row in group]),
             np.array([true[_key(row)]["effect"] for row in group]),
             group[0]["cost"],
         )
-        for key, group in groups.items()
+        for (regime, seed, stage, behavior, order), group in groups.items()
     ]
 
 
