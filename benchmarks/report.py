@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,15 @@ def check(value: float, target: float, *, most: bool = True) -> dict[str, Any]:
 
 
 def publish(
-    name: str, rows: list[dict[str, Any]], checks: dict[str, Any], *, quick: bool, notes: Sequence[str] = ()
+    name: str,
+    rows: list[dict[str, Any]],
+    checks: dict[str, Any],
+    *,
+    quick: bool,
+    notes: Sequence[str] = (),
+    details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print the table, notes and checks; write the JSON file unless quick."""
+    """Print the table, notes and checks; write the JSON file unless quick, with details that the table leaves out."""
     columns = list(rows[0])
     cells = [[_shown(row[column]) for column in columns] for row in rows]
     widths = [max(len(c[i]) for c in [columns, *cells]) for i in range(len(columns))]
@@ -49,6 +55,7 @@ def publish(
         RESULTS.mkdir(exist_ok=True)
         command = f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip()
         data = {"environment": _environment(), "command": command, "rows": rows, "notes": [*notes], "checks": checks}
+        data |= details or {}
         (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
