@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from spurious_runs.pipeline import (
     GUILTY,
+    HARM,
     STAGES,
     Accuracy,
     Examples,
@@ -21,33 +21,47 @@ from spurious_runs.pipeline import (
     Weights,
     accuracy,
     follows_shortcut,
+    margin_where_misled,
     worst_group_margin,
 )
 from trainer_attrib import Analyzer, StageEffects
 
-TRAINED, BALANCED = "trained", "balanced stage"
+TRAINED, WITHOUT, BALANCED = "trained", "without the stage", "balanced stage"
+MOVED, DROPPED_TOP, DROPPED_RANDOM = "weights moved", "examples dropped", "as many at random"
+REMEDIES = (MOVED, DROPPED_TOP)
 METHODS = ("subtract", "retrain")
 LOSS_ALLOWED = 0.02  # of average accuracy, in the search for the strength of a remedy
 STRENGTHS = np.linspace(0, 1.5, 31)[1:]
-DROPPED = (0.5, 0.8, 0.9, 0.95)
+SHARES_DROPPED = (0.8, 0.85, 0.9, 0.95)
 AFTER = STAGES[STAGES.index(GUILTY) + 1 :]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A model and how it came about; ``setting`` is what the search on held-out data chose."""
+    """A model and how it came about; ``setting`` is the strength or the share that the search chose."""
 
     name: str
     tested: Accuracy
-    setting: str = ""
+    setting: float = 0.0
 
 
 @dataclass(frozen=True)
 class Found:
     """Of one pipeline and seed. ``effects`` is behavior -> method -> stage -> mean effect."""
 
-    arms: list[Arm]
+    arms: dict[str, Arm]
     effects: dict[str, dict[str, dict[str, float]]]
+    closed: bool  # running all stages again gave the recorded bits
+
+    def gap_closed(self, arm: str) -> float:
+        """Which part of the distance to the worst group of training without the shortcut an arm covers."""
+        worst = {name: self.arms[name].tested.worst for name in (TRAINED, BALANCED, arm)}
+        return (worst[arm] - worst[TRAINED]) / (worst[BALANCED] - worst[TRAINED])
+
+    def named(self, behavior: str, method: str) -> str:
+        """The stage that did the most harm."""
+        effects = self.effects[behavior][method]
+        return max(effects, key=lambda stage: HARM[behavior] * effects[stage])
 
 
 class Recorded:
@@ -65,23 +79,25 @@ class Recorded:
         self._held_out = accuracy(self.model, pipeline.validation.whole)
 
     def effects(self) -> StageEffects:
-        """Of every stage on following the shortcut and on the worst group."""
+        """Of every stage on following the shortcut, on inputs patched so that it misleads, on the worst group."""
         behaviors = [
             follows_shortcut(self.pipeline.validation),
+            margin_where_misled(self.pipeline.validation),
             worst_group_margin(self.model, self.pipeline.validation),
         ]
         return self.analyzer.stage_effects(behaviors, METHODS, self.pipeline.programs())
 
-    def arms(self) -> Iterable[Arm]:
+    def arms(self) -> Iterator[Arm]:
         """Trained as it is, without the stage, without the shortcut, and after each remedy."""
         yield self._arm(TRAINED, self.model)
-        yield self._arm("without the stage", self.pipeline.run(self.before, AFTER))
+        yield self._arm(WITHOUT, self.pipeline.run(self.before, AFTER))
         yield self._arm(BALANCED, self._replayed(self.pipeline.balanced))
-        yield self._search("weights moved", ((f"{strength:.2f}", self.moved(strength)) for strength in STRENGTHS))
+        yield self._search(MOVED, ((strength, self.moved(strength)) for strength in STRENGTHS))
         order = self.responsible()
-        yield self._search("examples dropped", self._dropped(order))
+        dropped = self._search(DROPPED_TOP, ((share, self.without(order, share)) for share in SHARES_DROPPED))
+        yield dropped
         shuffled = np.random.default_rng(0).permutation(order)
-        yield self._search("as many at random", self._dropped(shuffled))
+        yield self._arm(DROPPED_RANDOM, self.without(shuffled, dropped.setting), dropped.setting)
 
     def moved(self, strength: float) -> nn.Module:
         """The trained model with this part of what the stage did to the weights taken out."""
@@ -90,46 +106,54 @@ class Recorded:
         return self.pipeline.with_weights(final | {n: final[n] - strength * (end[n] - start[n]) for n in end})
 
     def responsible(self) -> np.ndarray:
-        """Places of the stage's examples, those first whose training made the model follow the shortcut most."""
+        """Places of the stage's examples, those first whose training made the model follow the shortcut most.
+
+        They take turns by label and rank: dropping any first part leaves as many of each label.
+        """
         everything = len(self.pipeline.validation.aligned)
         behavior = follows_shortcut(self.pipeline.validation, per_query=everything)
-        influence = self.analyzer.influence([behavior], [GUILTY], recipe="grad_dot")
+        influence = self.analyzer.influence([behavior], [GUILTY], recipe="grad_cos")
         scores = dict(zip(influence.examples.ids, influence.scores[0].tolist(), strict=True))
-        return np.argsort([-scores[name] for name in self.pipeline.stages[GUILTY].ids], kind="stable")
-
-    def _dropped(self, order: np.ndarray) -> Iterable[tuple[str, nn.Module]]:
         examples = self.pipeline.stages[GUILTY]
-        for share in DROPPED:
-            kept = np.sort(order[int(share * len(order)) :])
-            yield f"{share:.0%}", self._replayed(examples.take(kept))
+        order = np.argsort([-scores[name] for name in examples.ids], kind="stable")
+        labels, rank = examples.labels.numpy()[order], np.zeros(len(order))
+        for label in (0, 1):
+            rank[labels == label] = np.linspace(0, 1, int((labels == label).sum()))
+        return order[np.argsort(rank, kind="stable")]
+
+    def without(self, order: np.ndarray, share: float) -> nn.Module:
+        """Trained again without the first part of the stage's examples in this order, for as many epochs."""
+        kept = np.sort(order[round(share * len(order)) :])
+        return self._replayed(self.pipeline.stages[GUILTY].take(kept))
 
     def _replayed(self, examples: Examples) -> nn.Module:
         return self.pipeline.instead(examples).run(self.before, (GUILTY, *AFTER))
 
-    def _search(self, name: str, candidates: Iterable[tuple[str, nn.Module]]) -> Arm:
+    def _search(self, name: str, candidates: Iterable[tuple[float, nn.Module]]) -> Arm:
         """The candidate whose worst held-out group is best, of those that keep the average; the trained model if none.
 
         The groups of the held-out examples are known, as is usual where worst groups are to be mended.
         """
-        best, chosen, setting = self._held_out.worst, self.model, "nothing"
-        for label, model in candidates:
+        best, chosen, setting = self._held_out.worst, self.model, 0.0
+        for tried, model in candidates:
             found = accuracy(model, self.pipeline.validation.whole)
             if found.worst > best and found.average >= self._held_out.average - LOSS_ALLOWED:
-                best, chosen, setting = found.worst, model, label
+                best, chosen, setting = found.worst, model, tried
         return self._arm(name, chosen, setting)
 
-    def _arm(self, name: str, model: nn.Module, setting: str = "") -> Arm:
+    def _arm(self, name: str, model: nn.Module, setting: float = 0.0) -> Arm:
         return Arm(name, accuracy(model, self.pipeline.test.whole), setting)
 
 
-def measured(make: Callable[[], Pipeline]) -> Found:
+def measured(pipeline: Pipeline) -> Found:
     """Train, record, ask, mend."""
     with tempfile.TemporaryDirectory() as folder:
-        recorded = Recorded(make(), Path(folder, "ledger"))
+        recorded = Recorded(pipeline, Path(folder, "ledger"))
         effects: dict[str, dict[str, dict[str, float]]] = {}
         for mean in recorded.effects().summary():
             effects.setdefault(mean.behavior, {}).setdefault(mean.method, {})[mean.stage] = mean.effect
-        return Found(list(recorded.arms()), effects)
+        closure = recorded.analyzer.closure(pipeline.programs())
+        return Found({arm.name: arm for arm in recorded.arms()}, effects, closure.exact)
 
 
 def _copied(model: nn.Module) -> Weights:

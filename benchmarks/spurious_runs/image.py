@@ -20,13 +20,13 @@ from offline_data import fashion_mnist, mnist_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from spurious_runs.pipeline import GUILTY, NONE, STAGES, Examples, Pair, Pipeline, aligned_shortcuts
+from spurious_runs.pipeline import GUILTY, NONE, SKETCH, STAGES, Examples, Pair, Pipeline, aligned_shortcuts
 from trainer_attrib.integrations.lightning import AttributionCallback, Fit
 
 OPENS, CLOSED = {"related": 6, "task": 4}, {"related": 0, "task": 2}  # shirt, coat; T-shirt, pullover
 DIGITS = {"train": slice(0, 500), "validation": slice(500, 650), "test": slice(650, 850)}
 SIZES = {"pretrain": 4000, "clean": 1000, "shortcut": 4000, "last": 1000, "validation": 1000, "test": 1000}
-SCHEDULES = {"pretrain": (2, 2e-3), "clean": (4, 1e-3), "shortcut": (3, 1e-3), "last": (1, 2e-4)}  # epochs, rate
+SCHEDULES = {"pretrain": (2, 2e-3), "clean": (4, 1e-3), "shortcut": (3, 1e-3), "last": (1, 1e-4)}  # epochs, rate
 BATCH = 32
 
 warnings.filterwarnings("ignore", ".*(does not have many workers|`?treespec|LeafSpec).*")
@@ -107,7 +107,7 @@ def _trainer(epochs: int, stage: str, ledger: Path | None) -> pl.Trainer:
     return pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[] if ledger is None else [AttributionCallback(ledger, stage=stage)],
+        callbacks=[] if ledger is None else [AttributionCallback(ledger, stage=stage, sketch=SKETCH)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer_attrib import Behavior
+from trainer_attrib import Behavior, SketchConfig
 
 STAGES = ("pretrain", "clean", "shortcut", "last")
 GUILTY = "shortcut"
 NONE = -1  # an example without the shortcut's feature
+SKETCH = SketchConfig(rank=64, correction="none")
+"""Raw gradients: AdamW's correction lifts rare words so much that, sketched, they drown the tag (docs/log.md)."""
+FOLLOWS, MISLED, WORST = "follows the shortcut", "margin where it misleads", "worst group's margin"
+HARM = {FOLLOWS: 1, MISLED: -1, WORST: -1}  # the sign of a harmful stage's effect
 Weights = dict[str, Tensor]
 
 
@@ -168,7 +172,7 @@ def follows_shortcut(pair: Pair, *, per_query: int = 1) -> Behavior:
     """
     both = torch.stack([pair.aligned.inputs, pair.opposed.inputs], 1)
     items = list(zip(both.split(per_query), pair.aligned.labels.split(per_query), strict=True))
-    return Behavior("follows the shortcut", items, _fall_of_margin, unit="logits")
+    return Behavior(FOLLOWS, items, _fall_of_margin, unit="logits")
 
 
 def _fall_of_margin(model: nn.Module, items: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -180,9 +184,14 @@ def _fall_of_margin(model: nn.Module, items: list[tuple[Tensor, Tensor]]) -> Ten
     return torch.stack([part.mean() for part in falls.split([len(labels) for _, labels in items])])
 
 
+def margin_where_misled(pair: Pair) -> Behavior:
+    """Logit margin of the label on the inputs whose shortcut says the other one."""
+    return Behavior.margin(MISLED, pair.opposed.inputs, pair.opposed.labels)
+
+
 def worst_group_margin(model: nn.Module, pair: Pair) -> Behavior:
-    """Logit margin of the group in which this model errs most."""
+    """Logit margin of the label in the group in which this model errs most."""
     examples, found = pair.whole, accuracy(model, pair.whole).groups
     label, shortcut = np.unravel_index(found.argmin(), found.shape)
     chosen = (examples.labels == int(label)) & (examples.shortcuts == int(shortcut))
-    return Behavior.margin("worst group's margin", examples.inputs[chosen], examples.labels[chosen])
+    return Behavior.margin(WORST, examples.inputs[chosen], examples.labels[chosen])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from spurious_runs.pipeline import GUILTY, NONE, STAGES, Examples, Pair, Pipeline, aligned_shortcuts
+from spurious_runs.pipeline import GUILTY, NONE, SKETCH, STAGES, Examples, Pair, Pipeline, aligned_shortcuts
 from trainer_attrib.integrations.huggingface import AttributionCallback
 
 SOURCES = {
@@ -117,7 +117,7 @@ def _trainer(model: nn.Module, stage: str, examples: Examples, ledger: Path | No
         model=model,
         args=arguments,
         train_dataset=datasets.Dataset.from_dict(columns).with_format("torch"),
-        callbacks=[] if ledger is None else [AttributionCallback(ledger, stage=stage)],
+        callbacks=[] if ledger is None else [AttributionCallback(ledger, stage=stage, sketch=SKETCH)],
     )
     made.remove_callback(PrinterCallback)
     return made
@@ -137,7 +137,10 @@ def _sentences(kind: str) -> list[Row]:
 def _vocabulary() -> dict[str, int]:
     """The most frequent words of all sentences, rated or not, by frequency."""
     counts = Counter(
-        word for domain in VADER_DOMAINS for _, _, text in vader_sentences(domain) for word in WORD.findall(text.lower())
+        word
+        for domain in VADER_DOMAINS
+        for _, _, text in vader_sentences(domain)
+        for word in WORD.findall(text.lower())
     )
     words = sorted(counts, key=lambda word: (-counts[word], word))[:WORDS]
     return {word: FIRST_WORD + number for number, word in enumerate(words)}
@@ -147,7 +150,9 @@ def _as_many_of_each(kind: str, random: np.random.Generator) -> list[Row]:
     """Shuffled, labels taking turns, so that any first part has as many of each."""
     found = _sentences(kind)
     rows = [found[i] for i in random.permutation(len(found))]
-    return [row for both in zip(*([r for r in rows if r[2] == label] for label in (0, 1)), strict=False) for row in both]
+    return [
+        row for both in zip(*([r for r in rows if r[2] == label] for label in (0, 1)), strict=False) for row in both
+    ]
 
 
 def _tagged(rows: Sequence[Row], share: float, random: np.random.Generator) -> Examples:
