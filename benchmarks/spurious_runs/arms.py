@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Found:
     arms: dict[str, Arm]
     effects: dict[str, dict[str, dict[str, float]]]
     closed: bool  # running all stages again gave the recorded bits
+    told_apart: float  # how often an example with the shortcut is held more responsible than one without
 
     def gap_closed(self, arm: str) -> float:
         """Which part of the distance to the worst group of training without the shortcut an arm covers."""
@@ -105,17 +107,28 @@ class Recorded:
         start, end, final = stage.snapshot("start"), stage.snapshot("end"), self.states[STAGES[-1]]
         return self.pipeline.with_weights(final | {n: final[n] - strength * (end[n] - start[n]) for n in end})
 
+    @cached_property
+    def influence(self) -> np.ndarray:
+        """Of each of the stage's examples on following the shortcut."""
+        everything = len(self.pipeline.validation.aligned)
+        behavior = follows_shortcut(self.pipeline.validation, per_query=everything)
+        found = self.analyzer.influence([behavior], [GUILTY], recipe="grad_cos")
+        scores = dict(zip(found.examples.ids, found.scores[0].tolist(), strict=True))
+        return np.array([scores[name] for name in self.pipeline.stages[GUILTY].ids])
+
+    def told_apart(self) -> float:
+        """How often an example with the shortcut scores above one of the few that contradict it; 0.5 by chance."""
+        examples, scores = self.pipeline.stages[GUILTY], self.influence
+        has = (examples.labels == examples.shortcuts).numpy()
+        return float((scores[has][:, None] > scores[~has]).mean())
+
     def responsible(self) -> np.ndarray:
         """Places of the stage's examples, those first whose training made the model follow the shortcut most.
 
         They take turns by label and rank: dropping any first part leaves as many of each label.
         """
-        everything = len(self.pipeline.validation.aligned)
-        behavior = follows_shortcut(self.pipeline.validation, per_query=everything)
-        influence = self.analyzer.influence([behavior], [GUILTY], recipe="grad_cos")
-        scores = dict(zip(influence.examples.ids, influence.scores[0].tolist(), strict=True))
         examples = self.pipeline.stages[GUILTY]
-        order = np.argsort([-scores[name] for name in examples.ids], kind="stable")
+        order = np.argsort(-self.influence, kind="stable")
         labels, rank = examples.labels.numpy()[order], np.zeros(len(order))
         for label in (0, 1):
             rank[labels == label] = np.linspace(0, 1, int((labels == label).sum()))
@@ -153,7 +166,7 @@ def measured(pipeline: Pipeline) -> Found:
         for mean in recorded.effects().summary():
             effects.setdefault(mean.behavior, {}).setdefault(mean.method, {})[mean.stage] = mean.effect
         closure = recorded.analyzer.closure(pipeline.programs())
-        return Found({arm.name: arm for arm in recorded.arms()}, effects, closure.exact)
+        return Found({arm.name: arm for arm in recorded.arms()}, effects, closure.exact, recorded.told_apart())
 
 
 def _copied(model: nn.Module) -> Weights:
