@@ -32,7 +32,7 @@ TARGETED = (FOLLOWS, MISLED)
 NOTES = (
     "setting: the strength of the move, or the share of the stage's examples dropped; searched on held-out groups "
     "for the best worst group among those that lose at most 2 points of average accuracy",
-    "as trained on: the shortcut is right there, so that whatever takes it out costs accuracy; so does balanced training",
+    "as trained on: there the shortcut is right, so that taking it out costs accuracy, as balanced training does",
     "dropped examples shorten the stage, which alone weakens the shortcut: see 'as many at random'",
     "the tag in the text pipeline and the digit in the image pipeline were put there; sentences, images and labels "
     "are real",
