@@ -1,0 +1,1 @@
+"""Two pipelines of four stages, the third of which teaches a shortcut; what ``benchmarks/spurious.py`` measures."""
