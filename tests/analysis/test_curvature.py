@@ -143,7 +143,7 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *slopes):
+    def backward(ctx, *slopes):  # pyright: ignore[reportIncompatibleMethodOverride]
         return slopes[0] * ctx.saved_tensors[0], None
 
 
