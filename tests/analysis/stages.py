@@ -76,9 +76,7 @@ def loop_of(model, stage, kind="adamw", lr=0.02, loss=F.cross_entropy):
     """The same training as :func:`train`, to be driven step by step."""
     x, y = stage_data(stage)
     batches = [(x[i : i + 6], y[i : i + 6]) for i in range(0, 24, 6)]
-    return Loop(
-        model, lambda m, batch: loss(m(batch[0]), batch[1]), batches, lambda m: make_optimizer(kind, m, lr), 16
-    )
+    return Loop(model, lambda m, batch: loss(m(batch[0]), batch[1]), batches, lambda m: make_optimizer(kind, m, lr), 16)
 
 
 def three_stages(ledger, kind="adamw", lr=0.02, sketch=None, loss=F.cross_entropy, stages=STAGES) -> Run:
@@ -88,7 +86,9 @@ def three_stages(ledger, kind="adamw", lr=0.02, sketch=None, loss=F.cross_entrop
     sketch = sketch or SketchConfig(rank=16, dtype="float32")
 
     def recorder_for(stage, model, optimizer):
-        return Recorder(ledger, stage=stage, model=model, optimizer=optimizer, sketch=sketch, strict=True, total_steps=16)
+        return Recorder(
+            ledger, stage=stage, model=model, optimizer=optimizer, sketch=sketch, strict=True, total_steps=16
+        )
 
     for stage in stages:
         train(model, stage, kind, lr, recorder_for, loss)

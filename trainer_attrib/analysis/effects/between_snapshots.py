@@ -48,7 +48,8 @@ class BetweenSnapshots:
             return rates
         recorded = {e["name"]: e["step"] for e in self._stage.meta["snapshots"] if "moments" in e}
         speeds = _between(recorded, self._speeds, (first + last) / 2)
-        return {name: rate * speeds[name].double() for name, rate in rates.items() if name in speeds}
+        slack = self._slack((first + last) / 2)
+        return {name: rate * speeds[name].double() * slack[name] for name, rate in rates.items() if name in speeds}
 
     def decay(self, first: int, last: int) -> Named:
         """What weight decay alone leaves of each weight: products of 1 - lr * wd over the steps; SGD's decay passes
@@ -89,6 +90,23 @@ class BetweenSnapshots:
             total = torch.as_tensor(sum(of(row, number) for row in self.rows[first:last]), dtype=torch.float64)
             found.update(dict.fromkeys(group["parameters"], total))
         return found
+
+    def _slack(self, step: float) -> Named:
+        """Which part of a change of the gradient moves a weight although Adam divides by what the gradients are.
+
+        Mean and second moment of gradients that all change by a: d(m / sqrt(v)) = a / sqrt(v) - m * 2 m a / (2 v^1.5) =
+        a / sqrt(v) * (1 - m^2 / v). Where gradients are all alike (as all are in a fresh optimizer's first step), Adam
+        moves by the learning rate whatever their size, and a change has no effect. m / sqrt(v) is how far the weight
+        moved between the snapshots around the step, over the learning rates.
+        """
+        steps = sorted({entry["step"] for entry in self._stage.meta["snapshots"]})
+        last = min((s for s in steps if s >= step), default=steps[-1])
+        first = max((s for s in steps if s < last), default=0)
+        start, end, kept = self.weights(first), self.weights(last), self.decay(first, last)
+        rates = self._sums(first, last, lambda row, group: row["learning_rate"][group])
+        one = torch.ones(())
+        moved = {name: kept.get(name, one) * start[name].double() - end[name].double() for name in start}
+        return {n: 1 - (m / rates[n]).nan_to_num(0.0).clamp(-1, 1).square() for n, m in moved.items() if n in rates}
 
     def _speeds_at(self, snapshot: str) -> Named:
         """1 / (root of the second moment + epsilon); 0 where there was no gradient: such a weight did not move, and the

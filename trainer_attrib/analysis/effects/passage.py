@@ -120,7 +120,7 @@ class _Flow:
     """One piece. Vectors are flat, [P], on the model's device: first what the stage trained, then what it froze."""
 
     def __init__(
-        self, curvature: Curvature, parameters: Named, record: BetweenSnapshots, piece: Piece, products: int
+        self, curvature: Curvature, parameters: Mapping[str, Tensor], record: BetweenSnapshots, piece: Piece, products: int
     ) -> None:
         self._curvature, self._parameters, self._products, self.spent = curvature, parameters, products, 0
         span = piece.first, piece.last
@@ -181,7 +181,7 @@ class _Flow:
 
 def _over(numerator_P: Tensor, denominator_P: Tensor) -> Tensor:
     """The quotient; 0 where the denominator is."""
-    return torch.where(denominator_P > 0, numerator_P / denominator_P.clamp_min(1e-300), 0.0)
+    return torch.where(denominator_P > 0, numerator_P / denominator_P, 0.0)
 
 
 def _pieces(stage: StageReader, steps: Steps, effort: Effort) -> list[Piece]:

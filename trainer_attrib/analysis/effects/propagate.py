@@ -42,8 +42,8 @@ class Propagate:
         read_out: ``"moved weights"``, or ``"dot"``: behavior gradients at the final weights times the displacement.
     """
 
-    products: int = 6
-    batches: float = 2.0
+    products: int = 3
+    batches: float = 1.0
     thin: int = 8
     read_out: ReadOut = "moved weights"
 
