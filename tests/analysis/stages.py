@@ -101,3 +101,19 @@ def margins(name="margin", seed=9, count=7) -> Behavior:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, 6, generator=generator).double()
     return Behavior.margin(name, inputs, torch.randint(0, 3, (count,), generator=generator))
+
+
+def record_loops(ledger, model, loops) -> None:
+    """Train a model by loops in turn, each recorded as the stage of its name; they are programs too."""
+    for stage, loop_of in loops.items():
+        loop = loop_of(model)
+        optimizer = loop.optimizer()
+        settings = {"sketch": SketchConfig(rank=4, dtype="float32"), "total_steps": loop.total_steps}
+        with Recorder(ledger, stage=stage, model=model, optimizer=optimizer, **settings) as recorder:
+            for step, _ in zip(loop.steps(), range(loop.total_steps), strict=False):
+                optimizer.zero_grad()
+                for loss in step.losses:
+                    with recorder.batch():
+                        loss().backward()
+                loop.clip()
+                optimizer.step()

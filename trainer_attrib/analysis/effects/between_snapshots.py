@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer_attrib.ledger.reader import StageReader
+from trainer_attrib.numerics.update_rules import SGDSettings, SGDState, sgd_step
 
 Named = dict[str, Tensor]
 
@@ -40,10 +41,13 @@ class BetweenSnapshots:
 
     def metric(self, first: int, last: int) -> Named:
         """How far a unit of constant gradient moves each weight in the steps from ``first`` up to ``last``: learning
-        rates, over 1 - momentum for SGD, over the root of the second moment for Adam. 0 where a weight does not move:
-        of Adam, where no gradient was seen yet.
+        rates, times what momentum makes of them for SGD, over the root of the second moment for Adam. 0 where a weight
+        does not move: of Adam, where no gradient was seen yet.
+
+        A gradient of SGD moves a weight by lr * (1 + momentum + momentum^2 + ...), up to the stage's end: what is left
+        in the buffer then is dropped with the optimizer.
         """
-        rates = self._sums(first, last, lambda row, group: row["learning_rate"][group] / (1 - self._memory(row, group)))
+        rates = self._sums(first, last, self._reach)
         if self._sgd:
             return rates
         recorded = {e["name"]: e["step"] for e in self._stage.meta["snapshots"] if "moments" in e}
@@ -52,22 +56,39 @@ class BetweenSnapshots:
         return {name: rate * speeds[name].double() * slack[name] for name, rate in rates.items() if name in speeds}
 
     def decay(self, first: int, last: int) -> Named:
-        """What weight decay alone leaves of each weight: products of 1 - lr * wd over the steps; SGD's decay passes
-        through the momentum and is 1 - lr * wd / (1 - momentum). 1 where it is divided by the second moment."""
-        if not (self._sgd or self._optimizer["decoupled_weight_decay"]):
-            return {}
+        """What weight decay alone leaves of a displacement from one step to another, exactly: 1 - lr * wd at every step,
+        and for SGD the same through the momentum. Adam divides it by the second moment, and 1 is left here."""
+        found = {}
+        for number, group in enumerate(self._optimizer["groups"]):
+            left = self._remains[number][last] / self._remains[number][first]
+            found.update(dict.fromkeys(group["parameters"], torch.tensor(left, dtype=torch.float64)))
+        return found
 
-        def logarithm(row: dict[str, Any], group: int) -> Tensor:
-            lost = row["learning_rate"][group] * row["weight_decay"][group] / (1 - self._memory(row, group))
-            return torch.tensor(1 - lost, dtype=torch.float64).clamp_min(1e-300).log()
+    @cached_property
+    def _remains(self) -> list[list[float]]:
+        """For each group, what is left of 1 after so many steps of decay from the stage's start."""
+        return [self._decayed(number, group["settings"]) for number, group in enumerate(self._optimizer["groups"])]
 
-        return {name: total.exp() for name, total in self._sums(first, last, logarithm).items()}
+    def _decayed(self, group: int, settings: Mapping[str, Any]) -> list[float]:
+        state, remains = SGDState(torch.ones(()).double(), torch.zeros(()).double()), [1.0]
+        for step, row in enumerate(self.rows):
+            rate, decay = row["learning_rate"][group], row["weight_decay"][group]
+            if self._sgd:
+                rule = SGDSettings(
+                    learning_rate=rate, momentum=row["beta1"][group], nesterov=bool(settings.get("nesterov")),
+                    weight_decay=decay,
+                )  # fmt: skip
+                state = sgd_step(state, torch.zeros(()).double(), rule, step + 1)
+            elif self._optimizer["decoupled_weight_decay"]:
+                state = SGDState((1 - rate * decay) * state.weight, state.momentum)
+            remains.append(max(float(state.weight), 1e-300))
+        return remains
 
     def curvature_of_decay(self, first: int, last: int) -> Named:
         """Weight decay that Adam adds to the gradients, as the curvature that it is; mean over the steps."""
         if self._sgd or self._optimizer["decoupled_weight_decay"]:
             return {}
-        sums = self._sums(first, last, lambda row, group: row["weight_decay"][group] / (last - first))
+        sums = self._sums(first, last, lambda row, group, _: row["weight_decay"][group] / (last - first))
         return {name: total for name, total in sums.items() if total}
 
     @property
@@ -79,15 +100,18 @@ class BetweenSnapshots:
     def _sgd(self) -> bool:
         return self._optimizer["class"].endswith(".SGD")
 
-    def _memory(self, row: dict[str, Any], group: int) -> float:
-        """A momentum that lengthens steps; Adam's is a mean and does not."""
-        return row["beta1"][group] if self._sgd else 0.0
+    def _reach(self, row: dict[str, Any], group: int, step: int) -> float:
+        """How far a unit of gradient at a step moves a weight until the stage's end; Adam's momentum is a mean, which
+        does not lengthen it."""
+        momentum = row["beta1"][group] if self._sgd else 0.0
+        return row["learning_rate"][group] * (1 - momentum ** (len(self.rows) - step)) / (1 - momentum)
 
-    def _sums(self, first: int, last: int, of: Callable[[dict[str, Any], int], Any]) -> Named:
-        """A sum over steps for each weight; weights of a group share it."""
+    def _sums(self, first: int, last: int, of: Callable[[dict[str, Any], int, int], float]) -> Named:
+        """A sum over steps for each weight, of a step's settings, the weight's group and the step's number from 0."""
         found = {}
         for number, group in enumerate(self._optimizer["groups"]):
-            total = torch.as_tensor(sum(of(row, number) for row in self.rows[first:last]), dtype=torch.float64)
+            total = sum(of(self.rows[step], number, step) for step in range(first, last))
+            total = torch.as_tensor(total, dtype=torch.float64)
             found.update(dict.fromkeys(group["parameters"], total))
         return found
 
@@ -103,10 +127,9 @@ class BetweenSnapshots:
         last = min((s for s in steps if s >= step), default=steps[-1])
         first = max((s for s in steps if s < last), default=0)
         start, end, kept = self.weights(first), self.weights(last), self.decay(first, last)
-        rates = self._sums(first, last, lambda row, group: row["learning_rate"][group])
-        one = torch.ones(())
-        moved = {name: kept.get(name, one) * start[name].double() - end[name].double() for name in start}
-        return {n: 1 - (m / rates[n]).nan_to_num(0.0).clamp(-1, 1).square() for n, m in moved.items() if n in rates}
+        rates = self._sums(first, last, lambda row, group, _: row["learning_rate"][group])
+        moved = {name: kept[name] * start[name].double() - end[name].double() for name in rates}
+        return {n: 1 - (m / rates[n]).nan_to_num(0.0).clamp(-1, 1).square() for n, m in moved.items()}
 
     def _speeds_at(self, snapshot: str) -> Named:
         """1 / (root of the second moment + epsilon); 0 where there was no gradient: such a weight did not move, and the

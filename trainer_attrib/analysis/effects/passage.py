@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer_attrib.analysis.curvature import Curvature
+from trainer_attrib.analysis.curvature import DIFFERENCE, PRODUCT, SETUP, Curvature
 from trainer_attrib.analysis.displacement import Displacement
-from trainer_attrib.analysis.effects.between_snapshots import BetweenSnapshots, Named
+from trainer_attrib.analysis.effects.between_snapshots import BetweenSnapshots
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.programs import Step, Steps, steps_of
 from trainer_attrib.analysis.replaying import cannot_step, prepare
@@ -31,9 +31,6 @@ from trainer_attrib.errors import NotComparableError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.numerics.krylov import Spectral, apply_function, decay, response
 from trainer_attrib.tap.names import parameters_by_name
-
-SETUP, PRODUCT = 1.0, 2.0
-"""Gradients of a batch that linearising a loss and one product cost at most (benchmarks: 1.0 and 1.3)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,8 @@ class Effort:
     def price(self, stage: StageReader, driven: bool) -> float:
         """At most what carrying one vector through a stage costs, in gradients of a whole batch."""
         most = min(max(self.batches, 1.0), stage.count("steps"))
-        return most * (SETUP + PRODUCT * (2 * self.products + 1 if driven else self.products))
+        products = 2 * self.products + 1 if driven else self.products
+        return most * (SETUP + PRODUCT + DIFFERENCE * products)  # should the first one fail
 
 
 @dataclass(frozen=True)
@@ -111,18 +109,22 @@ class Passage:
         weights = self._record.weights((piece.first + piece.last) / 2)
         with standing(self._model, TrainingState(weights)):
             curvature = Curvature(self._model, piece.step.losses, list(parameters.values()), piece.first)
-            flow = _Flow(curvature, parameters, self._record, piece, self._effort.products)
-            yield flow
-        self.cost += piece.step.share * (SETUP + PRODUCT * flow.spent)
+            yield _Flow(curvature, parameters, self._record, piece, self._effort.products)
+        self.cost += piece.step.share * curvature.cost
 
 
 class _Flow:
     """One piece. Vectors are flat, [P], on the model's device: first what the stage trained, then what it froze."""
 
     def __init__(
-        self, curvature: Curvature, parameters: Mapping[str, Tensor], record: BetweenSnapshots, piece: Piece, products: int
+        self,
+        curvature: Curvature,
+        parameters: Mapping[str, Tensor],
+        record: BetweenSnapshots,
+        piece: Piece,
+        products: int,
     ) -> None:
-        self._curvature, self._parameters, self._products, self.spent = curvature, parameters, products, 0
+        self._curvature, self._parameters, self._products = curvature, parameters, products
         span = piece.first, piece.last
         metric, kept, added = record.metric(*span), record.decay(*span), record.curvature_of_decay(*span)
         self._root_P = self._flat(metric, 0.0).sqrt()
@@ -159,7 +161,6 @@ class _Flow:
         return apply_function(product, vector_P, function, self._products)
 
     def _product(self, vector_P: Tensor) -> Tensor:
-        self.spent += 1
         places = list(self._parameters.values())
         parts = vector_P.split([p.numel() for p in places])
         found = self._curvature.product([v.view_as(p).to(p.dtype) for v, p in zip(parts, places, strict=True)])
