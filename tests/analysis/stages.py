@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer_attrib import Behavior, Recorder, SketchConfig
+from trainer_attrib.analysis.loops import Loop
 
 STAGES = ("first", "second", "third")
 
@@ -25,13 +26,14 @@ class Classifier(nn.Module):
 
 @dataclass
 class Run:
-    """The trained model, where it was recorded, and everything needed to train it again."""
+    """The trained model, where it was recorded, and everything needed to train it again: whole, or step by step."""
 
     model: nn.Module
     initial: dict[str, torch.Tensor]
     ledger: object
     programs: dict
     data: dict
+    loops: dict
 
 
 def stage_data(stage: str):
@@ -70,6 +72,13 @@ def train(model, stage, kind="adamw", lr=0.02, recorder_for=None, loss=F.cross_e
             loop(recorder)
 
 
+def loop_of(model, stage, kind="adamw", lr=0.02, loss=F.cross_entropy):
+    """The same training as :func:`train`, to be driven step by step."""
+    x, y = stage_data(stage)
+    batches = [(x[i : i + 6], y[i : i + 6]) for i in range(0, 24, 6)]
+    return Loop(model, lambda m, batch: loss(m(batch[0]), batch[1]), batches, lambda m: make_optimizer(kind, m, lr), 16)
+
+
 def three_stages(ledger, kind="adamw", lr=0.02, sketch=None, loss=F.cross_entropy, stages=STAGES) -> Run:
     torch.manual_seed(0)
     model = Classifier().double()
@@ -77,15 +86,34 @@ def three_stages(ledger, kind="adamw", lr=0.02, sketch=None, loss=F.cross_entrop
     sketch = sketch or SketchConfig(rank=16, dtype="float32")
 
     def recorder_for(stage, model, optimizer):
-        return Recorder(ledger, stage=stage, model=model, optimizer=optimizer, sketch=sketch, strict=True)
+        return Recorder(
+            ledger, stage=stage, model=model, optimizer=optimizer, sketch=sketch, strict=True, total_steps=16
+        )
 
     for stage in stages:
         train(model, stage, kind, lr, recorder_for, loss)
     programs = {s: lambda m, s=s: lambda: train(m, s, kind, lr, loss=loss) for s in stages}
-    return Run(model, initial, ledger, programs, {s: stage_data(s) for s in stages})
+    loops = {s: lambda m, s=s: loop_of(m, s, kind, lr, loss) for s in stages}
+    return Run(model, initial, ledger, programs, {s: stage_data(s) for s in stages}, loops)
 
 
 def margins(name="margin", seed=9, count=7) -> Behavior:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, 6, generator=generator).double()
     return Behavior.margin(name, inputs, torch.randint(0, 3, (count,), generator=generator))
+
+
+def record_loops(ledger, model, loops) -> None:
+    """Train a model by loops in turn, each recorded as the stage of its name; they are programs too."""
+    for stage, loop_of in loops.items():
+        loop = loop_of(model)
+        optimizer = loop.optimizer()
+        settings = {"sketch": SketchConfig(rank=4, dtype="float32"), "total_steps": loop.total_steps}
+        with Recorder(ledger, stage=stage, model=model, optimizer=optimizer, **settings) as recorder:
+            for step, _ in zip(loop.steps(), range(loop.total_steps), strict=False):
+                optimizer.zero_grad()
+                for loss in step.losses:
+                    with recorder.batch():
+                        loss().backward()
+                loop.clip()
+                optimizer.step()

@@ -56,15 +56,21 @@ class Behavior:
     def values(self, model: nn.Module) -> Tensor:
         """The behavior of a model: one value per query, float64 [Q] on the CPU. The model is left as it was."""
         with _evaluating(model), torch.no_grad():
-            batches = [self._batch(model, start) for start in range(0, len(self), self.batch_size)]
+            batches = [self.values_from(model, first) for first in self.batches()]
         return torch.cat(batches).double().cpu()
 
     def value_of(self, model: nn.Module, query: int) -> Tensor:
         """One query's value, 0-dim, with its gradient. The caller puts the model in evaluation mode."""
         return self._check(self.measure(model, [self.dataset[query]]), 1).sum()
 
-    def _batch(self, model: nn.Module, start: int) -> Tensor:
-        items = [self.dataset[i] for i in range(start, min(start + self.batch_size, len(self)))]
+    def batches(self) -> range:
+        """The first query of every batch."""
+        return range(0, len(self), self.batch_size)
+
+    def values_from(self, model: nn.Module, first: int) -> Tensor:
+        """Values of the batch that begins with this query, with their gradient. The caller puts the model in evaluation
+        mode."""
+        items = [self.dataset[i] for i in range(first, min(first + self.batch_size, len(self)))]
         return self._check(self.measure(model, items), len(items))
 
     def _check(self, values: Any, expected: int) -> Tensor:

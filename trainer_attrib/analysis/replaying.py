@@ -112,7 +112,7 @@ def replay_stage(
     """
     steps = steps_of(prepared, model)
     if steps is None:
-        raise _cannot_step(stage, prepared)
+        raise cannot_step(stage, prepared)
     parameters = parameters_by_name(model)
     names = {id(parameter): name for name, parameter in parameters.items()}
     merge = pace.merge if can_merge(stage) else 1
@@ -163,7 +163,8 @@ def _drop(batches: Iterator[Step], count: int) -> None:
         next(batches, None)
 
 
-def _cannot_step(stage: StageReader, prepared: Any) -> MissingProgramError:
+def cannot_step(stage: StageReader, prepared: Any) -> MissingProgramError:
+    """The error for a program's answer that nobody knows how to drive."""
     return MissingProgramError(
         f"The program of stage '{stage.name}' returned {type(prepared).__name__}, which cannot be run step by step.",
         cause="it is neither a Trainer, a Fit, a Loop nor an iterable of losses.",

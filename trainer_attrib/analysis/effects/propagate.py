@@ -1,0 +1,148 @@
+"""The stage's displacement carried through the later stages by their curvature, without running them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from trainer_attrib.analysis.displacement import Displacement
+from trainer_attrib.analysis.effects.estimate import Estimate, differences
+from trainer_attrib.analysis.effects.lineage import Lineage, Values
+from trainer_attrib.analysis.effects.passage import Effort, Passage
+from trainer_attrib.analysis.effects.recorded import Subtract
+from trainer_attrib.analysis.effects.slopes import slopes_along
+from trainer_attrib.analysis.programs import check_programs
+from trainer_attrib.analysis.stepping import can_merge
+from trainer_attrib.errors import NotComparableError
+from trainer_attrib.ledger.reader import StageReader
+from trainer_attrib.tap.names import parameters_by_name
+
+ReadOut = Literal["moved weights", "dot"]
+
+
+@dataclass(frozen=True)
+class Propagate:
+    """The weights without the stage, to first order in the stage's displacement, and behaviors measured there.
+
+    Later stages pull a displacement back along the directions in which their loss is curved. Each is cut into pieces;
+    in each piece the displacement decays under the Gauss-Newton matrix of one thinned batch, in the metric of the
+    optimizer, at weights between the recorded snapshots. Good while later stages train gently (learning rates well
+    below those of the stage); with later learning rates like the stage's own it misleads, and ``replay`` does not cost
+    much more.
+
+    The error bar is the disagreement with ``subtract``, which leaves out the curvature.
+
+    Args:
+        products: of the curvature with a vector, per piece.
+        batches: whole batches' worth of examples used of a later stage.
+        thin: a piece has one in so many of a batch's examples: a later stage has about ``batches * thin`` pieces.
+        read_out: ``"moved weights"``, or ``"dot"``: behavior gradients at the final weights times the displacement.
+    """
+
+    products: int = 3
+    batches: float = 1.0
+    thin: int = 8
+    read_out: ReadOut = "moved weights"
+
+    name = "propagate"
+    caveat = (
+        "propagate is first order in the stage's displacement: it leaves out gradient clipping, momentum carried from "
+        "stage to stage and how Adam's second moments would have changed"
+    )
+
+    def check(self, lineage: Lineage, stage: StageReader) -> None:
+        """Later stages must have programs and an optimizer whose map is known; the model all weights that they train.
+
+        Raises:
+            MissingProgramError: a later stage has no program.
+            NotComparableError: a later stage trained weights that the model does not have, or by an optimizer whose
+                tangent is not known here, or its second moments are not recorded.
+        """
+        later = lineage.later(stage)
+        check_programs(later, lineage.programs)
+        lineage.timeline.check_trainable(later)
+        for one in later:
+            _check_optimizer(one)
+
+    def price(self, lineage: Lineage, stage: StageReader) -> float:
+        """Products on all pieces of all later stages."""
+        before = set(stage.meta["trainable"])
+        total = 0.0
+        for later in lineage.later(stage):
+            total += self._effort.price(later, driven=bool(before - set(later.meta["trainable"])))
+            before |= set(later.meta["trainable"])
+        return total
+
+    def estimate(self, lineage: Lineage, stage: StageReader) -> Estimate:
+        """Read off at the final weights moved by the carried displacement.
+
+        Raises:
+            MissingProgramError: a program does not say how its stage runs step by step.
+        """
+        removal, cost = self.carry(lineage, stage)
+        effects = self._read(lineage, removal)
+        simpler = Subtract().estimate(lineage, stage).effects
+        bars = [(a - b).abs() for a, b in zip(effects, simpler, strict=True)]
+        return Estimate(effects, bars, self.read_out, cost, removal)
+
+    def carry(self, lineage: Lineage, stage: StageReader) -> tuple[Displacement, float]:
+        """The displacement of the final weights that leaving a stage out would leave, and what it cost."""
+        displacement = {name: -change for name, change in lineage.timeline.change(stage).items()}
+        cost = 0.0
+        for later in lineage.later(stage):
+            passage = Passage(lineage, later, self._effort)
+            displacement = passage.forward(displacement)
+            cost += passage.cost
+        return displacement, cost
+
+    def carry_back(self, lineage: Lineage, stage: StageReader, gradient: Displacement) -> Displacement:
+        """A gradient with respect to the final weights -> with respect to those at a stage's end: the adjoint of
+        :meth:`carry`. ``inner(carry_back(gradient), change)`` is a stage's effect on a behavior to first order.
+
+        Args:
+            lineage: as for :meth:`estimate`.
+            stage: at whose end.
+            gradient: of a behavior or a sum of behaviors, by parameter name, float64; what it does not name is 0.
+        """
+        return next(found for one, found in self.sweep(lineage, gradient) if one.name == stage.name)
+
+    def sweep(self, lineage: Lineage, gradient: Displacement) -> Iterator[tuple[StageReader, Displacement]]:
+        """The gradient at the end of every stage, last to first: later stages are passed through once for all."""
+        places = parameters_by_name(lineage.model)
+        trained = {name for stage in lineage.stages for name in stage.meta["trainable"] if name in places}
+        gradient = {name: gradient.get(name, torch.zeros(places[name].shape).double()) for name in sorted(trained)}
+        later = None
+        for stage in reversed(lineage.stages):
+            if later is not None:
+                gradient = Passage(lineage, later, self._effort).backward(gradient)
+            yield stage, gradient
+            later = stage
+
+    @property
+    def _effort(self) -> Effort:
+        return Effort(self.products, self.batches, self.thin)
+
+    def _read(self, lineage: Lineage, removal: Displacement) -> Values:
+        if self.read_out == "dot":
+            return [-slopes_along(lineage.model, behavior, removal) for behavior in lineage.behaviors]
+        return differences(lineage.final, lineage.measure_moved(removal))
+
+
+def _check_optimizer(stage: StageReader) -> None:
+    optimizers = stage.meta["optimizers"]
+    if not can_merge(stage):
+        kinds = " and ".join(optimizer["class"].rpartition(".")[2] for optimizer in optimizers)
+        raise NotComparableError(
+            f"Stage '{stage.name}' was trained by {kinds}, through which displacements cannot be propagated.",
+            cause="this is known for one optimizer: AdamW, Adam, or SGD without dampening.",
+            fix="use method='replay', which runs the stage coarsely with its own optimizer, or method='retrain'.",
+        )
+    if not optimizers[0]["class"].endswith(".SGD") and not any("moments" in s for s in stage.meta["snapshots"]):
+        raise NotComparableError(
+            f"Stage '{stage.name}' has no recorded second moments, by which its optimizer scaled the gradients.",
+            cause="its weights were sharded over several processes, or an earlier version recorded it.",
+            fix="use method='replay' or 'retrain'.",
+        )
