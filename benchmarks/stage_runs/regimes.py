@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from trainer_attrib import Behavior, SketchConfig
+from trainer_attrib import Behavior, Shadow, SketchConfig
 from trainer_attrib.analysis.programs import Program
 
 SKETCH = SketchConfig(rank=4, every_n_steps=50)  # rows of examples play no part here
@@ -86,7 +86,8 @@ REGIMES = (
 
 def recording(callback: Any, ledger: Path, stage: str, earlier: Sequence[str]) -> list[Any]:
     """The callback of either framework that records a stage."""
-    return [callback(ledger, stage=stage, sketch=SKETCH, strict=True)]
+    shadows = [Shadow(one, thin=4) for one in earlier]
+    return [callback(ledger, stage=stage, sketch=SKETCH, strict=True, shadow=shadows)]
 
 
 def order_seed(seed: int, stage: int, order: int) -> int:

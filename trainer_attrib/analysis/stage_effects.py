@@ -8,15 +8,19 @@ from trainer_attrib.analysis.effects.auto import Auto
 from trainer_attrib.analysis.effects.coalitions import shapley
 from trainer_attrib.analysis.effects.estimate import Estimate, Method, differences, estimate
 from trainer_attrib.analysis.effects.lineage import Lineage
+from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.effects.recorded import Change, Subtract
 from trainer_attrib.analysis.effects.replay import Replay
 from trainer_attrib.analysis.effects.retrain import Retrain
+from trainer_attrib.analysis.effects.shadow import FromShadow
 from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import RELIABLE, Effect, Interaction, StageEffects
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader
 
-METHODS: dict[str, Method] = {method.name: method for method in (Auto(), Change(), Subtract(), Replay(), Retrain())}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (Auto(), Change(), Subtract(), Propagate(), FromShadow(), Replay(), Retrain())
+}
 """What a string stands for."""
 
 

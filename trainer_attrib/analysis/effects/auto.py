@@ -9,13 +9,15 @@ import torch
 
 from trainer_attrib.analysis.effects.estimate import Estimate, Method
 from trainer_attrib.analysis.effects.lineage import Lineage
+from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.effects.recorded import Subtract
 from trainer_attrib.analysis.effects.replay import Replay
 from trainer_attrib.analysis.effects.retrain import Retrain
+from trainer_attrib.analysis.effects.shadow import FromShadow
 from trainer_attrib.errors import AnalysisError
 from trainer_attrib.ledger.reader import StageReader
 
-LADDER: tuple[Method, ...] = (Subtract(), Replay(), Retrain())
+LADDER: tuple[Method, ...] = (Subtract(), FromShadow(), Propagate(), Replay(), Retrain())
 """From cheap to exact."""
 
 
@@ -48,7 +50,7 @@ class Auto:
             one = _attempt(method, lineage, stage) if method.price(lineage, stage) <= left + 1e-9 else None
             if one is None:
                 continue
-            left -= one.cost
+            left -= method.price(lineage, stage)
             found.append(replace(one, method=method.name))
             if relative_bar(one) <= self.accept:
                 break

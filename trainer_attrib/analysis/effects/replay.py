@@ -15,6 +15,9 @@ from trainer_attrib.analysis.replaying import Pace, replay
 from trainer_attrib.ledger.reader import StageReader
 
 ReadOut = Literal["diff", "cv", "plain"]
+ERROR_SCALE = 1.2
+"""Brings four of five true errors within the bar: measured in six regimes of ``benchmarks/stage_effects.py``, three
+seeds, and checked on three others (``docs/log.md``)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,21 @@ class Arms:
         first = {"diff": self.with_it, "cv": final, "plain": final}[read_out]
         second = {"diff": self.without_it, "cv": self.moved, "plain": self.without_it}[read_out]
         return differences(first, second)
+
+    def error_bars(self, final: Values) -> Values:
+        """How uncertain every effect is, from what the replays themselves disagree about: the read-outs ``cv`` and
+        ``diff``, and how far the replay with the stage ends from the trained model. Each query's own disagreement is
+        averaged with that of all queries of its behavior, because two of three may agree by chance.
+
+        Infinite where a replay diverged.
+        """
+        if not self.finite:
+            return [torch.full_like(value, torch.inf) for value in final]
+        apart = differences(self.effects(final, "cv"), self.effects(final, "diff"))
+        missed = differences(final, self.with_it)
+        return [
+            ERROR_SCALE * ((a**2 + m**2 + (a**2 + m**2).mean()) / 4).sqrt() for a, m in zip(apart, missed, strict=True)
+        ]
 
     def closure(self, final: Values) -> float:
         """How far the replay with the stage ends from the trained model, relative to the effect; 0 is exact."""
@@ -96,9 +114,7 @@ class Replay:
 
     def read(self, lineage: Lineage, arms: Arms) -> Estimate:
         """The estimate that two replays give."""
-        effects = arms.effects(lineage.final, self.read_out)
-        other = arms.effects(lineage.final, "diff" if self.read_out == "cv" else "cv")
-        bars = [(e - o).abs() for e, o in zip(effects, other, strict=True)]
+        effects, bars = arms.effects(lineage.final, self.read_out), arms.error_bars(lineage.final)
         return Estimate(effects, bars, f"replayed weights, {self.read_out}", arms.cost, arms.displacement)
 
 
