@@ -20,9 +20,9 @@ from trainer_attrib.analysis.training_state import random_states_kept
 
 Tensors = Sequence[Tensor]
 """One tensor per parameter, in the parameters' shapes."""
-SETUP, PRODUCT, DIFFERENCE = 1.3, 1.3, 2.0
-"""What making a :class:`Curvature` and a product of it cost, in gradients of its batch (one thread, a transformer of 4
-layers and a perceptron of 3); the last is a product by differences."""
+SETUP, PRODUCT, DIFFERENCE, CHANGE = 1.3, 1.3, 2.0, 2.0
+"""What the first product of a :class:`Curvature` costs beside the others, and what a product costs, in gradients of its batch (one thread, a transformer of 4
+layers and a perceptron of 3); then a product by differences, and the change of a gradient."""
 _Product = Callable[[Tensors], list[Tensor]]
 
 
@@ -36,7 +36,7 @@ class Curvature:
     that the model must then stand where it stood. They are also the way out where autograd refuses (recomputed
     activations, kernels with no second derivative).
 
-    The computation's graph is kept for as long as the object lives; dropout is drawn once.
+    The computation's graph is kept from the first product on; dropout is drawn once.
 
     ``cost`` says what it has cost so far, in gradients of the batch.
 
@@ -48,18 +48,31 @@ class Curvature:
     """
 
     def __init__(self, model: nn.Module, losses: Sequence[Loss], parameters: Sequence[Tensor], seed: int = 0) -> None:
-        self._losses, self._parameters, self._seed = losses, parameters, seed
-        self.cost = SETUP
+        self._model, self._losses, self._parameters, self._seed = model, losses, parameters, seed
+        self._products: list[_Product] = []
+        self.cost = 0.0
+
+    def change(self, vector: Tensors, clip: Callable[[], None] = lambda: None) -> list[Tensor]:
+        """How the batch's gradient changes when the weights are moved by a vector, however far; ``cost`` counts it.
+
+        Args:
+            vector: by how much.
+            clip: is called with each of the two gradients in ``.grad``.
+        """
+        self.cost += CHANGE
+        self._products = []  # their graph holds on to weights that are moved for a moment
+        kept = [p.detach().clone() for p in self._parameters]
         try:
-            with gradients_of(parameters):
-                products = [self._gauss_newton(model, loss) for loss in losses]
-        except RuntimeError:
-            products = [None]
-        known = [product for product in products if product is not None]
-        self._products = known if len(known) == len(products) else [self._differences]
+            with gradients_of(self._parameters):
+                there, here = (self._gradient_at(kept, vector, step, clip) for step in (1.0, 0.0))
+        finally:
+            self._stand(kept)
+        return [a - b for a, b in zip(there, here, strict=True)]
 
     def product(self, vector: Tensors) -> list[Tensor]:
         """Curvature times a vector; ``cost`` counts it."""
+        if not self._products:
+            self._products = self._prepared()
         self.cost += DIFFERENCE if self._products == [self._differences] else PRODUCT
         try:
             with gradients_of(self._parameters):
@@ -70,6 +83,16 @@ class Curvature:
             self._products = [self._differences]
             return self.product(vector)
         return [torch.stack(parts_of_one).sum(0) for parts_of_one in zip(*parts, strict=True)]
+
+    def _prepared(self) -> list[_Product]:
+        self.cost += SETUP
+        try:
+            with gradients_of(self._parameters):
+                products = [self._gauss_newton(self._model, loss) for loss in self._losses]
+        except RuntimeError:
+            products = [None]
+        known = [product for product in products if product is not None]
+        return known if len(known) == len(products) else [self._differences]
 
     def _gauss_newton(self, model: nn.Module, loss: Loss) -> _Product | None:
         """None where the loss is not computed from what the model returns, or is linear in it."""
@@ -103,7 +126,9 @@ class Curvature:
             self._stand(kept)
         return [(plus - minus) / (2 * step) for plus, minus in zip(*sides, strict=True)]
 
-    def _gradient_at(self, kept: Tensors, vector: Tensors, step: float) -> list[Tensor]:
+    def _gradient_at(
+        self, kept: Tensors, vector: Tensors, step: float, clip: Callable[[], None] = lambda: None
+    ) -> list[Tensor]:
         self._stand([k + step * v.to(k.dtype) for k, v in zip(kept, vector, strict=True)])
         before = [p.grad for p in self._parameters]
         for parameter in self._parameters:
@@ -111,6 +136,7 @@ class Curvature:
         with self._twice_differentiable():
             for loss in self._losses:
                 loss().backward()  # and not autograd.grad, which recomputed activations refuse
+        clip()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         for parameter, gradient in zip(self._parameters, before, strict=True):
             parameter.grad = gradient

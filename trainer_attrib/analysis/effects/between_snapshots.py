@@ -56,8 +56,8 @@ class BetweenSnapshots:
         return {name: rate * speeds[name].double() * slack[name] for name, rate in rates.items() if name in speeds}
 
     def decay(self, first: int, last: int) -> Named:
-        """What weight decay alone leaves of a displacement from one step to another, exactly: 1 - lr * wd at every step,
-        and for SGD the same through the momentum. Adam divides it by the second moment, and 1 is left here."""
+        """What weight decay alone leaves of a displacement from one step to another, exactly: 1 - lr * wd at every
+        step, and for SGD the same through the momentum. Adam divides it by the second moment, and 1 is left here."""
         found = {}
         for number, group in enumerate(self._optimizer["groups"]):
             left = self._remains[number][last] / self._remains[number][first]

@@ -1,26 +1,30 @@
-"""How a later stage carries a displacement of the weights that it began with, to first order, and back.
+"""How a later stage carries a displacement of the weights that it began with, and a gradient back.
 
-A stage is cut into pieces of consecutive steps. In each, curvature A (of one thinned batch of the piece), the
-optimizer's metric P and the learning rates count as constant, so that a displacement decays as
+A stage is cut into pieces of consecutive steps. In each, curvature A (Gauss-Newton, of one thinned batch of the piece)
+and the optimizer's metric P count as constant, P holding the sum of the learning rates. Where training pulls displaced
+weights by r(delta) = g(weights + delta) - g(weights) more than the recorded ones, g being the gradient after clipping,
 
-    delta <- D^(1/2) P^(1/2) exp(-P^(1/2) A P^(1/2)) P^(-1/2) D^(1/2) delta,
+    delta <- delta - P^(1/2) phi(P^(1/2) A P^(1/2)) P^(1/2) r(delta),    phi(a) = (1 - exp(-a)) / a,
 
-P holding the sum of the learning rates and D being what weight decay leaves. Weights that the stage does not train keep
-their displacement and drive the others by the cross terms of A: the integral of the same flow.
-(Bae et al. 2024, "Training data attribution via approximate unrolled differentiation", section 3, for the stationary
-segments; the method document of this library for the rest.)
+which is the exponential Euler method (Hochbruck and Ostermann 2010, "Exponential integrators", section 2.1): the stiff
+part is integrated exactly, and what the loss is not quadratic in enters through r. Weight decay is applied in halves
+before and after. Weights that the stage does not train keep their displacement and drive the others through r.
+
+With r(delta) = A delta, the map is linear: delta <- P^(1/2) exp(-P^(1/2) A P^(1/2)) P^(-1/2) delta for trained weights
+(Bae et al. 2024, "Training data attribution via approximate unrolled differentiation", section 3). Gradients are carried
+back by its adjoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer_attrib.analysis.curvature import DIFFERENCE, PRODUCT, SETUP, Curvature
+from trainer_attrib.analysis.curvature import CHANGE, DIFFERENCE, PRODUCT, SETUP, Curvature
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.between_snapshots import BetweenSnapshots
 from trainer_attrib.analysis.effects.lineage import Lineage
@@ -51,7 +55,7 @@ class Effort:
         """At most what carrying one vector through a stage costs, in gradients of a whole batch."""
         most = min(max(self.batches, 1.0), stage.count("steps"))
         products = 2 * self.products + 1 if driven else self.products
-        return most * (SETUP + PRODUCT + DIFFERENCE * products)  # should the first one fail
+        return most * (SETUP + PRODUCT + CHANGE + DIFFERENCE * products)  # should the first one fail
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Piece:
 
 
 class Passage:
-    """A later stage as a linear map of displacements, and its adjoint, on a copy of the model.
+    """A later stage as a map of displacements, and the adjoint of its linear part, on a copy of the model.
 
     Momentum that a stage brought along is part of the state that the map leaves out: what was left of the earlier
     stage's momentum counts as not displaced.
@@ -84,7 +88,7 @@ class Passage:
             steps = steps_of(prepared, self._model)
             if steps is None:
                 raise cannot_step(stage, prepared)
-            self._pieces = _pieces(stage, steps, effort)
+            self._pieces, self._clip = _pieces(stage, steps, effort), steps.clip
         self._parameters = parameters_by_name(self._model)
 
     def forward(self, displacement: Displacement) -> Displacement:
@@ -109,7 +113,7 @@ class Passage:
         weights = self._record.weights((piece.first + piece.last) / 2)
         with standing(self._model, TrainingState(weights)):
             curvature = Curvature(self._model, piece.step.losses, list(parameters.values()), piece.first)
-            yield _Flow(curvature, parameters, self._record, piece, self._effort.products)
+            yield _Flow(curvature, parameters, self._record, piece, self._effort.products, self._clip)
         self.cost += piece.step.share * curvature.cost
 
 
@@ -123,8 +127,9 @@ class _Flow:
         record: BetweenSnapshots,
         piece: Piece,
         products: int,
+        clip: Callable[[], None],
     ) -> None:
-        self._curvature, self._parameters, self._products = curvature, parameters, products
+        self._curvature, self._parameters, self._products, self._clip = curvature, parameters, products, clip
         span = piece.first, piece.last
         metric, kept, added = record.metric(*span), record.decay(*span), record.curvature_of_decay(*span)
         self._root_P = self._flat(metric, 0.0).sqrt()
@@ -133,11 +138,9 @@ class _Flow:
 
     def forward(self, displacement: Displacement) -> Displacement:
         delta_P = self._kept_P * self._flat(displacement, 0.0)
-        frozen_P = self._frozen_P * delta_P
-        result_P = delta_P + self._root_P * self._decayed(_over(delta_P, self._root_P))
-        if frozen_P.any():
-            force_P = self._root_P * self._product(frozen_P)
-            result_P = result_P - self._root_P * self._apply(force_P, response(1.0))
+        change_P = self._along(lambda vector: self._curvature.change(vector, self._clip), delta_P)
+        force_P = self._root_P * (change_P + self._added_P * delta_P)
+        result_P = delta_P - self._root_P * self._apply(force_P, response(1.0))
         return self._named(self._kept_P * result_P, displacement)
 
     def backward(self, gradient: Displacement) -> Displacement:
@@ -161,9 +164,12 @@ class _Flow:
         return apply_function(product, vector_P, function, self._products)
 
     def _product(self, vector_P: Tensor) -> Tensor:
+        return self._along(self._curvature.product, vector_P)
+
+    def _along(self, of: Callable[[list[Tensor]], list[Tensor]], vector_P: Tensor) -> Tensor:
         places = list(self._parameters.values())
         parts = vector_P.split([p.numel() for p in places])
-        found = self._curvature.product([v.view_as(p).to(p.dtype) for v, p in zip(parts, places, strict=True)])
+        found = of([v.view_as(p).to(p.dtype) for v, p in zip(parts, places, strict=True)])
         return torch.cat([f.reshape(-1).to(vector_P) for f in found])
 
     def _flat(self, named: Mapping[str, Tensor], default: float) -> Tensor:

@@ -25,13 +25,14 @@ ReadOut = Literal["moved weights", "dot"]
 
 @dataclass(frozen=True)
 class Propagate:
-    """The weights without the stage, to first order in the stage's displacement, and behaviors measured there.
+    """The weights without the stage, from its displacement and a few batches of each later stage.
 
     Later stages pull a displacement back along the directions in which their loss is curved. Each is cut into pieces;
-    in each piece the displacement decays under the Gauss-Newton matrix of one thinned batch, in the metric of the
-    optimizer, at weights between the recorded snapshots. Good while later stages train gently (learning rates well
-    below those of the stage); with later learning rates like the stage's own it misleads, and ``replay`` does not cost
-    much more.
+    in each piece the displacement is pulled by the change that it makes to the gradient of one thinned batch, and
+    decays under that batch's Gauss-Newton matrix, in the metric of the optimizer, at weights between the recorded
+    snapshots. What it costs does not grow with the length of a stage: about six gradients of a batch. Good while later
+    stages train gently (learning rates well below those of the stage); with later learning rates like the stage's own
+    it misleads, and ``replay`` is worth its price.
 
     The error bar is the disagreement with ``subtract``, which leaves out the curvature.
 
@@ -42,15 +43,15 @@ class Propagate:
         read_out: ``"moved weights"``, or ``"dot"``: behavior gradients at the final weights times the displacement.
     """
 
-    products: int = 3
+    products: int = 2
     batches: float = 1.0
-    thin: int = 8
+    thin: int = 4
     read_out: ReadOut = "moved weights"
 
     name = "propagate"
     caveat = (
-        "propagate is first order in the stage's displacement: it leaves out gradient clipping, momentum carried from "
-        "stage to stage and how Adam's second moments would have changed"
+        "propagate sees a few batches of each later stage: it leaves out momentum carried from stage to stage and how "
+        "Adam's second moments would have changed, and misleads where later stages train as fast as the stage did"
     )
 
     def check(self, lineage: Lineage, stage: StageReader) -> None:
