@@ -86,7 +86,7 @@ REGIMES = (
 
 def recording(callback: Any, ledger: Path, stage: str, earlier: Sequence[str]) -> list[Any]:
     """The callback of either framework that records a stage."""
-    shadows = [Shadow(one, thin=2, every=2) for one in earlier]
+    shadows = [Shadow(one, thin=4) for one in earlier]
     return [callback(ledger, stage=stage, sketch=SKETCH, strict=True, shadow=shadows)]
 
 

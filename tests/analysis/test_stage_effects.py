@@ -177,7 +177,9 @@ def test_a_program_must_return_something_that_trains(tmp_path):
 
 def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path):
     run = three_stages(tmp_path / "run", stages=STAGES[:1])
-    with pytest.raises(ConfigurationError, match="'auto', 'change', 'subtract', 'propagate', 'shadow', 'replay', 'retrain'"):
+    with pytest.raises(
+        ConfigurationError, match="'auto', 'change', 'subtract', 'first_order', 'propagate', 'shadow', 'replay'"
+    ):
         Analyzer(run.ledger, run.model).stage_effects([margins()], "shrink")
 
 

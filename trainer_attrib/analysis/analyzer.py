@@ -11,7 +11,9 @@ from torch import nn
 from trainer_attrib.analysis import influence as influences
 from trainer_attrib.analysis import stage_effects as effects
 from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.estimate import Method
+from trainer_attrib.analysis.effects.first_order import FirstOrder
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.programs import Program, check_programs
 from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
@@ -72,6 +74,11 @@ class Analyzer:
         """
         methods = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
         return effects.stage_effects(self._view(behaviors, programs), methods)
+
+    def stage_embeddings(self) -> dict[str, Displacement]:
+        """One vector per stage, by weight name: what is left of its updates at the end of training. The inner product
+        with the gradient of any behavior is the stage's effect on it to first order (method ``"first_order"``)."""
+        return {stage.name: FirstOrder().embedding(self._view([]), stage) for stage in self.lineage}
 
     def shapley(
         self, behaviors: Sequence[Behavior], programs: Mapping[str, Program], merge: int = 2, thin: int = 4

@@ -21,8 +21,9 @@ from trainer_attrib.analysis.training_state import random_states_kept
 Tensors = Sequence[Tensor]
 """One tensor per parameter, in the parameters' shapes."""
 SETUP, PRODUCT, DIFFERENCE, CHANGE = 1.3, 1.3, 2.0, 2.0
-"""What the first product of a :class:`Curvature` costs beside the others, and what a product costs, in gradients of its batch (one thread, a transformer of 4
-layers and a perceptron of 3); then a product by differences, and the change of a gradient."""
+"""What the first product of a :class:`Curvature` costs beside the others, and what a product costs, in gradients of its
+batch (one thread, a transformer of 4 layers and a perceptron of 3); then a product by differences, and the change of a
+gradient."""
 _Product = Callable[[Tensors], list[Tensor]]
 
 

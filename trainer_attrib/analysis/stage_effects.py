@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from trainer_attrib.analysis.effects.auto import Auto
 from trainer_attrib.analysis.effects.coalitions import shapley
 from trainer_attrib.analysis.effects.estimate import Estimate, Method, differences, estimate
+from trainer_attrib.analysis.effects.first_order import FirstOrder
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.effects.recorded import Change, Subtract
@@ -18,9 +19,17 @@ from trainer_attrib.analysis.results import RELIABLE, Effect, Interaction, Stage
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (Auto(), Change(), Subtract(), Propagate(), FromShadow(), Replay(), Retrain())
-}
+RUNGS: tuple[Method, ...] = (
+    Auto(),
+    Change(),
+    Subtract(),
+    FirstOrder(),
+    Propagate(),
+    FromShadow(),
+    Replay(),
+    Retrain(),
+)
+METHODS = {method.name: method for method in RUNGS}
 """What a string stands for."""
 
 

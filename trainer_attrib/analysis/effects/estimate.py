@@ -80,6 +80,21 @@ def differences(first: Values, second: Values) -> Values:
     return [a - b for a, b in zip(first, second, strict=True)]
 
 
+def pooled(*disagreements: Values, scale: float) -> Values:
+    """Error bars from what ways to read an effect disagree about: root mean square of the ways, and of each query's own
+    disagreement with that of all queries of its behavior, because two ways may agree on a query by chance.
+
+    Args:
+        disagreements: one tensor per behavior for each pair of ways; infinite or NaN where one of them failed.
+        scale: brings four of five true errors within the bar.
+    """
+    bars = []
+    for of_one in zip(*disagreements, strict=True):
+        square = torch.stack([d.nan_to_num(nan=torch.inf).square() for d in of_one]).mean(0)
+        bars.append(scale * ((square + square.mean()) / 2).sqrt())
+    return bars
+
+
 def zeros(values: Values) -> Values:
     """Error bars of what has no error."""
     return [torch.zeros_like(value) for value in values]

@@ -10,9 +10,9 @@ which is the exponential Euler method (Hochbruck and Ostermann 2010, "Exponentia
 part is integrated exactly, and what the loss is not quadratic in enters through r. Weight decay is applied in halves
 before and after. Weights that the stage does not train keep their displacement and drive the others through r.
 
-With r(delta) = A delta, the map is linear: delta <- P^(1/2) exp(-P^(1/2) A P^(1/2)) P^(-1/2) delta for trained weights
-(Bae et al. 2024, "Training data attribution via approximate unrolled differentiation", section 3). Gradients are carried
-back by its adjoint.
+With r(delta) = A delta the map is linear: delta <- P^(1/2) exp(-P^(1/2) A P^(1/2)) P^(-1/2) delta for trained weights
+(Bae et al. 2024, "Training data attribution via approximate unrolled differentiation", section 3). Its adjoint carries
+gradients back.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from trainer_attrib.analysis.displacement import Displacement
-from trainer_attrib.analysis.effects.estimate import Estimate, differences
+from trainer_attrib.analysis.effects.estimate import Estimate, differences, pooled
 from trainer_attrib.analysis.effects.lineage import Lineage, Values
 from trainer_attrib.analysis.effects.passage import Effort, Passage
 from trainer_attrib.analysis.effects.recorded import Subtract
@@ -21,6 +21,8 @@ from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.names import parameters_by_name
 
 ReadOut = Literal["moved weights", "dot"]
+ERROR_SCALE = 1.2
+"""As for replays; measured in the classifier's four regimes."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Propagate:
     stages train gently (learning rates well below those of the stage); with later learning rates like the stage's own
     it misleads, and ``replay`` is worth its price.
 
-    The error bar is the disagreement with ``subtract``, which leaves out the curvature.
+    The error bar is the disagreement with ``subtract``, which leaves out what later stages did.
 
     Args:
         products: of the curvature with a vector, per piece.
@@ -85,8 +87,7 @@ class Propagate:
         """
         removal, cost = self.carry(lineage, stage)
         effects = self._read(lineage, removal)
-        simpler = Subtract().estimate(lineage, stage).effects
-        bars = [(a - b).abs() for a, b in zip(effects, simpler, strict=True)]
+        bars = pooled(differences(effects, Subtract().estimate(lineage, stage).effects), scale=ERROR_SCALE)
         return Estimate(effects, bars, self.read_out, cost, removal)
 
     def carry(self, lineage: Lineage, stage: StageReader) -> tuple[Displacement, float]:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from trainer_attrib.analysis.displacement import Displacement, between
-from trainer_attrib.analysis.effects.estimate import Estimate, differences
+from trainer_attrib.analysis.effects.estimate import Estimate, differences, pooled
 from trainer_attrib.analysis.effects.lineage import Lineage, Values
 from trainer_attrib.analysis.programs import check_programs
 from trainer_attrib.analysis.replaying import Pace, replay
@@ -47,18 +47,11 @@ class Arms:
 
     def error_bars(self, final: Values) -> Values:
         """How uncertain every effect is, from what the replays themselves disagree about: the read-outs ``cv`` and
-        ``diff``, and how far the replay with the stage ends from the trained model. Each query's own disagreement is
-        averaged with that of all queries of its behavior, because two of three may agree by chance.
-
-        Infinite where a replay diverged.
-        """
+        ``diff``, and how far the replay with the stage ends from the trained model. Infinite where one diverged."""
         if not self.finite:
             return [torch.full_like(value, torch.inf) for value in final]
         apart = differences(self.effects(final, "cv"), self.effects(final, "diff"))
-        missed = differences(final, self.with_it)
-        return [
-            ERROR_SCALE * ((a**2 + m**2 + (a**2 + m**2).mean()) / 4).sqrt() for a, m in zip(apart, missed, strict=True)
-        ]
+        return pooled(apart, differences(final, self.with_it), scale=ERROR_SCALE)
 
     def closure(self, final: Values) -> float:
         """How far the replay with the stage ends from the trained model, relative to the effect; 0 is exact."""

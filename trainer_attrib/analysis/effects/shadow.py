@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from trainer_attrib.analysis.displacement import between
-from trainer_attrib.analysis.effects.estimate import Estimate, differences
+from trainer_attrib.analysis.effects.estimate import Estimate, differences, pooled
 from trainer_attrib.analysis.effects.lineage import Lineage, Values
 from trainer_attrib.analysis.effects.recorded import Subtract
 from trainer_attrib.analysis.training_state import TrainingState, state_of
 from trainer_attrib.errors import NotComparableError
 from trainer_attrib.ledger.reader import StageReader
+
+ERROR_SCALE = 4.0
+"""From the standard error of two replicas to a bar that holds four of five true errors: measured in five regimes."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class FromShadow:
     """Measured at the mean of a stage's shadows at the end of the last stage.
 
     Nothing is run again: what it cost was paid while the later stages trained. With two or more replicas the error bar
-    is the standard error of their mean. A single one does not tell how uncertain it is; its bar is the disagreement with
+    comes from the standard error of their mean, made larger because what a small part of a batch does to all replicas
+    alike is not in it. A single shadow does not tell how uncertain it is: its bar is the disagreement with
     ``subtract``, which is pessimistic.
     """
 
@@ -56,12 +60,13 @@ class FromShadow:
         effects = differences(lineage.final, lineage.measure(center))
         if len(states) == 1:
             simple = Subtract().estimate(lineage, stage).effects
-            bars = [(e - s).abs() for e, s in zip(effects, simple, strict=True)]
+            bars = pooled(differences(effects, simple), scale=1.0)
             notes = [
                 f"stage '{stage.name}' has one shadow, which does not tell how uncertain it is: record two replicas"
             ]
         else:
-            bars, notes = _standard_errors([lineage.measure(state) for state in states]), []
+            errors = _standard_errors([lineage.measure(state) for state in states])
+            bars, notes = pooled(errors, scale=ERROR_SCALE), []
         away = between(state_of(lineage.model), center)
         return Estimate(effects, bars, "shadow weights", _cost(lineage, stage), away, notes)
 
