@@ -27,8 +27,8 @@ def linear(model: Any) -> Behavior:
 def test_where_gradients_do_not_depend_on_the_weights_it_is_retraining(
     kind: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """A loss linear in the weights, a behavior linear in them: only weight decay acts on earlier updates. What the stage
-    itself decayed of them (here 3 %) is where removing a stage and scaling it differ."""
+    """A loss linear in the weights, a behavior linear in them: only weight decay acts on earlier updates. What the
+    stage itself decayed of them (here 3 %) is where removing a stage and scaling it differ."""
     monkeypatch.setattr("tests.analysis.stages.Classifier", lambda: torch.nn.Sequential(torch.nn.Linear(6, 3)))
     run = three_stages(tmp_path, kind, loss=lambda out, y: out.gather(1, y[:, None]).mean())
     methods = ["first_order", "retrain"]

@@ -10,11 +10,13 @@ from torch import nn
 
 from trainer_attrib.analysis import influence as influences
 from trainer_attrib.analysis import stage_effects as effects
+from trainer_attrib.analysis.across_stages import CarriedQueries
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.estimate import Method
 from trainer_attrib.analysis.effects.first_order import FirstOrder
 from trainer_attrib.analysis.effects.lineage import Lineage
+from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.programs import Program, check_programs
 from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
@@ -130,7 +132,13 @@ class Analyzer:
         return remove(self._view([*improve, *keep], programs), self._stage(stage), chosen, search)
 
     def influence(
-        self, behaviors: Sequence[Behavior], stages: Sequence[str] | None = None, recipe: str = "grad_cos"
+        self,
+        behaviors: Sequence[Behavior],
+        stages: Sequence[str] | None = None,
+        recipe: str = "grad_cos",
+        *,
+        carry: Propagate | None = None,
+        programs: Mapping[str, Program] | None = None,
     ) -> Influence:
         """Scores of all recorded examples for every query, from the sketches captured during training.
 
@@ -138,6 +146,10 @@ class Analyzer:
             behaviors: differentiable behaviors; every item is a query.
             stages: names of the stages whose examples are scored; all of the model's lineage by default.
             recipe: ``"grad_cos"`` or ``"grad_dot"``.
+            carry: carries the behaviors' gradients back through later stages to the end of each scored one, so that
+                examples are scored by what is left of them in the final model; without it, gradients at the final
+                weights are compared with the rows of every stage.
+            programs: for ``carry``, of the stages after the first scored one.
 
         Raises:
             ConfigurationError: an unknown recipe, or a stage that is not in the model's lineage.
@@ -150,7 +162,10 @@ class Analyzer:
                 f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
                 fix="choose among those.",
             )
-        return influences.influence(self.model, chosen, list(behaviors), recipe)
+        sketcher = None
+        if carry is not None:
+            sketcher = CarriedQueries(self._view(behaviors, programs), behaviors, chosen, carry)
+        return influences.influence(self.model, chosen, list(behaviors), recipe, sketcher)
 
     def closure(self, programs: Mapping[str, Program]) -> Closure:
         """Run all stages again with nothing removed and compare with the recorded weights.

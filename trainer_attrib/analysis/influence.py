@@ -54,12 +54,24 @@ class _Totals:
             self.left_out[reason] = self.left_out.get(reason, 0) + rows
 
 
-def influence(model: nn.Module, stages: Sequence[StageReader], behaviors: Sequence[Behavior], recipe: str) -> Influence:
+Sketcher = Callable[[StageReader, int], Tensor]
+"""Stage and version of its second moments -> sketches of all queries, [Q, width]."""
+
+
+def influence(
+    model: nn.Module,
+    stages: Sequence[StageReader],
+    behaviors: Sequence[Behavior],
+    recipe: str,
+    sketcher: Sketcher | None = None,
+) -> Influence:
     """Mean score of every example over its visits in training, for every query.
 
     Rows of each second-moment version are compared with the query sketched in that version's scaling. Rows from before
     a stage's first version are raw: a cosine does not mind, so they are used and the caveats say so; a dot product
     would mix two scales, so ``grad_dot`` leaves them out and says so.
+
+    Queries are the gradients of the behaviors at the model's weights, unless a ``sketcher`` has others.
 
     Raises:
         ConfigurationError: an unknown recipe.
@@ -68,9 +80,10 @@ def influence(model: nn.Module, stages: Sequence[StageReader], behaviors: Sequen
     if recipe not in RECIPES:
         raise ConfigurationError(f"Unknown recipe {recipe!r}.", fix=f"use one of {sorted(RECIPES)}.")
     queries = sum(len(b) for b in behaviors)
+    sketch = sketcher or (lambda stage, version: sketch_queries(model, stage, version, behaviors))
     tables, scores, caveats = [], [], []
     for stage in stages:
-        totals = _score_stage(model, stage, behaviors, recipe, queries)
+        totals = _score_stage(model, stage, sketch, recipe, queries)
         tables.append(_examples_of(stage, totals))
         scores.append((totals.scores / np.maximum(totals.visits, 1)).astype(np.float32))
         caveats += [f"stage '{stage.name}': {n} rows left out: {why}" for why, n in totals.left_out.items()]
@@ -91,9 +104,7 @@ def influence(model: nn.Module, stages: Sequence[StageReader], behaviors: Sequen
     )
 
 
-def _score_stage(
-    model: nn.Module, stage: StageReader, behaviors: Sequence[Behavior], recipe: str, queries: int
-) -> _Totals:
+def _score_stage(model: nn.Module, stage: StageReader, sketch: Sketcher, recipe: str, queries: int) -> _Totals:
     totals, sketched, keep = _Totals(queries), {}, kept_columns(model, stage)
     mixes_scales = bool(stage.meta["versions"]) and recipe not in _SCALE_FREE
     for block in tqdm(stage.rows(), desc=f"scoring {stage.name}", total=len(stage.parts()), leave=False, disable=None):
@@ -108,7 +119,7 @@ def _score_stage(
             if version == 0 and stage.meta["versions"]:
                 totals.raw += len(rows)
             if version not in sketched:
-                sketched[version] = sketch_queries(model, stage, int(version), behaviors)
+                sketched[version] = sketch(stage, int(version))
             if len(rows):
                 _score_rows(totals, block, rows, sketched[version], keep, RECIPES[recipe])
     return totals

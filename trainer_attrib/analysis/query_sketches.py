@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -47,6 +47,39 @@ def sketch_queries(model: nn.Module, stage: StageReader, version: int, behaviors
     sketched = torch.zeros(len(rows), whole.width)
     for weight, part in zip((w for w in whole.weights if w.name in _names(plan)), plan.weights, strict=True):
         sketched[:, weight.span] = torch.stack(rows)[:, part.span]
+    return sketched * kept_columns(model, stage) / projections.unit**2
+
+
+def sketch_vectors(
+    model: nn.Module, stage: StageReader, version: int, vectors: Sequence[Mapping[str, Tensor]]
+) -> Tensor:
+    """Sketches of vectors of weight space, scaled and left out as :func:`sketch_queries` does it.
+
+    Args:
+        model: whose weights the vectors are about.
+        stage: whose rows they are compared with.
+        version: of the second moments.
+        vectors: parameter name -> values; what is not named is 0.
+
+    Returns:
+        float32 [len(vectors), width] on the CPU.
+
+    Raises:
+        NotComparableError: the model has none of the weights.
+    """
+    whole = SketchPlan.from_dict(stage.meta["plan"])
+    plan = whole.of_weights(_names(whole) - _missing(model, whole, stage))
+    projections, places = Projections(plan, model, stage.factors(version), version), parameters_by_name(model)
+
+    def part(vector: Mapping[str, Tensor], name: str) -> Tensor:
+        value = vector.get(name)
+        return torch.zeros_like(places[name]) if value is None else value.to(places[name])
+
+    sketched = torch.zeros(len(vectors), whole.width)
+    for weight in (w for w in whole.weights if w.name in _names(plan)):
+        for row, vector in zip(sketched, vectors, strict=True):
+            bias = part(vector, weight.bias) if weight.bias else None
+            row[weight.span] = projections.sketch(weight, part(vector, weight.name), bias).flatten().float().cpu()
     return sketched * kept_columns(model, stage) / projections.unit**2
 
 
