@@ -22,6 +22,7 @@ from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import Influence, StageEffects
 from trainer_attrib.analysis.retraining import Closure, closure
+from trainer_attrib.analysis.split import Split, split
 from trainer_attrib.analysis.stage_view import ledger_blocks
 from trainer_attrib.analysis.timeline import Timeline
 from trainer_attrib.errors import ConfigurationError
@@ -130,6 +131,31 @@ class Analyzer:
         chosen = effects.method_of(method)
         search = Search(list(improve), list(keep), tolerance, scales)
         return remove(self._view([*improve, *keep], programs), self._stage(stage), chosen, search)
+
+    def split(
+        self,
+        stage: str,
+        behaviors: Sequence[Behavior],
+        *,
+        method: str | Method = "replay",
+        programs: Mapping[str, Program] | None = None,
+        carry: Propagate | None = None,
+    ) -> list[Split]:
+        """Split a stage's mean effect on each behavior over the stage's steps, examples and data sources.
+
+        Args:
+            stage: whose effect.
+            behaviors: differentiable behaviors.
+            method: that measures the effect, to which the parts are scaled.
+            programs: of the stages after it.
+            carry: carries the behaviors' gradients back through these stages.
+
+        Raises:
+            ConfigurationError: no such stage led to this model.
+            AnalysisError: something is missing that a method needs, such as a program.
+        """
+        view = self._view(behaviors, programs)
+        return split(view, self._stage(stage), effects.method_of(method), carry or Propagate())
 
     def influence(
         self,
