@@ -20,6 +20,7 @@ from spurious_runs.pipeline import (
     Examples,
     Pipeline,
     Weights,
+    accuracies,
     accuracy,
     follows_shortcut,
     margin_where_misled,
@@ -30,9 +31,9 @@ from trainer_attrib import Analyzer, StageEffects
 TRAINED, WITHOUT, BALANCED = "trained", "without the stage", "balanced stage"
 MOVED, DROPPED_TOP, DROPPED_RANDOM = "weights moved", "examples dropped", "as many at random"
 REMEDIES = (MOVED, DROPPED_TOP)
-METHODS = ("subtract", "retrain")
+METHODS = ("subtract", "replay", "retrain")
 LOSS_ALLOWED = 0.02  # of average accuracy, in the search for the strength of a remedy
-STRENGTHS = np.linspace(0, 1.5, 31)[1:]
+STRENGTHS = tuple(float(s) for s in np.linspace(0, 1.5, 31))
 SHARES_DROPPED = (0.8, 0.85, 0.9, 0.95)
 AFTER = STAGES[STAGES.index(GUILTY) + 1 :]
 
@@ -94,18 +95,21 @@ class Recorded:
         yield self._arm(TRAINED, self.model)
         yield self._arm(WITHOUT, self.pipeline.run(self.before, AFTER))
         yield self._arm(BALANCED, self._replayed(self.pipeline.balanced))
-        yield self._search(MOVED, ((strength, self.moved(strength)) for strength in STRENGTHS))
+        yield self.moved()
         order = self.responsible()
         dropped = self._search(DROPPED_TOP, ((share, self.without(order, share)) for share in SHARES_DROPPED))
         yield dropped
         shuffled = np.random.default_rng(0).permutation(order)
         yield self._arm(DROPPED_RANDOM, self.without(shuffled, dropped.setting), dropped.setting)
 
-    def moved(self, strength: float) -> nn.Module:
-        """The trained model with this part of what the stage did to the weights taken out."""
-        stage = self.analyzer.ledger.stage(GUILTY)
-        start, end, final = stage.snapshot("start"), stage.snapshot("end"), self.states[STAGES[-1]]
-        return self.pipeline.with_weights(final | {n: final[n] - strength * (end[n] - start[n]) for n in end})
+    def moved(self) -> Arm:
+        """The trained model moved towards where a coarse replay says it would be without the stage."""
+        groups, average = accuracies(self.pipeline.validation.whole)
+        removal = self.analyzer.remove(
+            GUILTY, groups, [average], programs=self.pipeline.programs(), tolerance=LOSS_ALLOWED, scales=STRENGTHS
+        )
+        model = removal.apply(self.pipeline.with_weights(self.states[STAGES[-1]]))
+        return self._arm(MOVED, model, removal.chosen.scale)
 
     @cached_property
     def influence(self) -> np.ndarray:

@@ -163,6 +163,21 @@ def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
 # ---- behaviors ----------------------------------------------------------------------------------------------------
 
 
+def accuracies(examples: Examples) -> tuple[list[Behavior], Behavior]:
+    """Being right (1) or wrong (0) as a behavior: one of each group, and one of all of them, counted alike."""
+    group = 2 * examples.labels + examples.shortcuts
+    items = [list(zip(examples.inputs[group == g], examples.labels[group == g], strict=True)) for g in range(4)]
+    least = min(map(len, items))
+    groups = [Behavior(f"group {g}", own, _right, batch_size=512) for g, own in enumerate(items)]
+    even = [item for own in items for item in own[:least]]
+    return groups, Behavior("average accuracy", even, _right, batch_size=512)
+
+
+def _right(model: nn.Module, items: list[tuple[Tensor, Tensor]]) -> Tensor:
+    logits = _logits(model, torch.stack([inputs for inputs, _ in items]))
+    return (logits.argmax(1) == torch.stack([label for _, label in items])).double()
+
+
 def follows_shortcut(pair: Pair, *, per_query: int = 1) -> Behavior:
     """By how much the label's logit margin falls when the shortcut is patched from the label's value to the other one.
 
