@@ -6,7 +6,6 @@ from fnmatch import fnmatch
 
 from trainer_attrib.analysis.effects.auto import Auto
 from trainer_attrib.analysis.effects.estimate import Method
-from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.effects.replay import Replay
 from trainer_attrib.analysis.stage_effects import METHODS
 
@@ -16,9 +15,6 @@ BUDGET = 0.5  # of auto, so that it cannot retrain
 CONTENDERS: dict[str, Method] = {
     **{name: method for name, method in METHODS.items() if name not in (AUTO, "retrain")},
     AUTO: Auto(budget=BUDGET),
-    "propagate p2 b1 t4": Propagate(products=2, batches=1, thin=4),
-    "propagate p1 b1 t4": Propagate(products=1, batches=1, thin=4),
-    "propagate p3 b1 t4": Propagate(products=3, batches=1, thin=4),
     "replay 2x4 diff": Replay(merge=2, thin=4, read_out="diff"),
     "replay 2x4 cv": Replay(merge=2, thin=4, read_out="cv"),
     "replay 2x4 plain": Replay(merge=2, thin=4, read_out="plain"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from trainer_attrib.analysis.effects.estimate import Estimate, Method
+from trainer_attrib.analysis.effects.estimate import Estimate, Method, differences, pooled
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.effects.recorded import Subtract
@@ -23,7 +23,9 @@ LADDER: tuple[Method, ...] = (Subtract(), FromShadow(), Propagate(), Replay(), R
 
 @dataclass(frozen=True)
 class Auto:
-    """Climb the ladder until the error bar is acceptable; where nothing is, the estimate with the smallest one.
+    """Climb the ladder until the error bar is acceptable; where none is, the highest rung that was reached.
+
+    A shadow and a replay err independently: where both are at hand their mean is taken, and their disagreement.
 
     Args:
         accept: error bar relative to the effect, norms over all queries, up to which an estimate is taken.
@@ -45,16 +47,33 @@ class Auto:
 
     def estimate(self, lineage: Lineage, stage: StageReader) -> Estimate:
         """By the rung that was reached."""
-        left, found = self.price(lineage, stage), list[Estimate]()
+        left, spent, shadow, found = self.price(lineage, stage), 0.0, None, None
         for method in LADDER:
-            one = _attempt(method, lineage, stage) if method.price(lineage, stage) <= left + 1e-9 else None
+            price = method.price(lineage, stage)
+            one = _attempt(method, lineage, stage) if price <= left + 1e-9 else None
             if one is None:
                 continue
-            left -= method.price(lineage, stage)
-            found.append(replace(one, method=method.name))
-            if relative_bar(one) <= self.accept:
+            left -= price
+            spent += one.cost if price else 0.0  # what costs nothing now was paid during training
+            found = replace(one, method=method.name)
+            if method.name == "replay" and shadow is not None:
+                found = _mean(shadow, found)
+            if relative_bar(found) <= self.accept:
                 break
-        return replace(min(found, key=relative_bar), cost=sum(one.cost for one in found))
+            shadow = found if method.name == "shadow" else shadow
+        assert found is not None  # the first rung needs nothing
+        return replace(found, cost=spent)
+
+
+def _mean(shadow: Estimate, other: Estimate) -> Estimate:
+    """Of two independent estimates; the bar of each query is their disagreement."""
+    effects = [(a + b) / 2 for a, b in zip(shadow.effects, other.effects, strict=True)]
+    bars = pooled(differences(shadow.effects, other.effects), scale=1.0)
+    names = {*(shadow.displacement or {}), *(other.displacement or {})}
+    halves = [{name: part / 2 for name, part in (one.displacement or {}).items()} for one in (shadow, other)]
+    away = {name: sum((half[name] for half in halves if name in half), torch.zeros(())) for name in names}
+    read_out = f"mean of {shadow.read_out} and {other.read_out}"
+    return Estimate(effects, bars, read_out, displacement=away, notes=other.notes, method="shadow and replay")
 
 
 def relative_bar(found: Estimate) -> float:
