@@ -53,6 +53,7 @@ class Looped:
         carried: stages that go on with the optimizer of the stage before.
         frozen: stage -> prefix of the weights that it does not train.
         settings: of every Loop.
+        shadows: stage -> what its recorder is asked for.
     """
 
     optimizer: str = "AdamW"
@@ -61,6 +62,7 @@ class Looped:
     carried: Sequence[str] = ()
     frozen: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    shadows: dict[str, Any] = field(default_factory=dict)
 
     def loop(self, stage: str, model: Any) -> Loop:
         """The stage as a program's answer."""
@@ -118,10 +120,28 @@ class Looped:
         if ledger is None:
             loop.train()
         else:
-            sketch = SketchConfig(rank=2, dtype="float32")
-            with Recorder(ledger, stage=stage, model=model, optimizer=optimizer, sketch=sketch, strict=True):
-                loop.train()
+            self._recorded(loop, stage, optimizer, ledger)
         return optimizer
+
+    def _recorded(self, loop: Loop, stage: str, optimizer: Optimizer, ledger: Path) -> None:
+        model, asked = loop.model, self.shadows.get(stage, ())
+        recorder = Recorder(
+            ledger, stage=stage, model=model, optimizer=optimizer, sketch=SketchConfig(rank=2, dtype="float32"),
+            strict=True, shadow=asked,
+        )  # fmt: skip
+
+        def loss(part: Any) -> Tensor:
+            return F.cross_entropy(model(part[0]), part[1])
+
+        def recorded(_model: Any, batch: Any) -> Tensor:
+            """The backward pass inside the recorder's block; the loop's own then adds nothing."""
+            with recorder.batch(loss=loss, of=batch):
+                value = loss(batch)
+                value.backward()
+            return 0 * value.detach().requires_grad_()
+
+        with recorder:
+            replace(loop, loss=recorded if asked else loop.loss).train()
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
