@@ -48,6 +48,7 @@ def main() -> None:
 
     set_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    base.is_quantized, base.hf_quantizer = False, None  # the file was; its weights are ordinary ones now
     model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"]))
     with tempfile.TemporaryDirectory() as ledger:
         for stage in STAGES:

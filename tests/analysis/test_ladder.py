@@ -75,6 +75,7 @@ class Rung:
     share: float
     lacks: bool = False
     caveat: str = ""
+    instead: str = "something else"
 
     def check(self, lineage: Any, stage: Any) -> None:
         if self.lacks:

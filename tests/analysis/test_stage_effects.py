@@ -101,6 +101,9 @@ def test_subtract_never_calls_an_untested_effect_reliable(tmp_path):
     run = three_stages(tmp_path / "run")
     result = Analyzer(run.ledger, run.model).stage_effects([margins()], "subtract")
     assert {row.stage for row in result.rows if row.reliable} == {"third"}
+    said = [caveat for caveat in result.caveats if caveat.startswith("not reliable")]
+    assert [line.split("'")[1] for line in said] == ["first", "second"]
+    assert all("run method='replay'" in line for line in said)
 
 
 def test_auto_climbs_to_retraining_only_with_programs(tmp_path):

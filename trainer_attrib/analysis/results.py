@@ -268,7 +268,7 @@ def _cell(mean: Effect | None) -> str:
     if mean is None:
         return ""
     bar = f" ± {mean.error_bar:.2f}" if mean.error_bar else ""
-    return f"{mean.effect:+.2f}{bar}{'' if mean.reliable else ' unsure'}"
+    return f"{mean.effect:+.2f}{bar}{'' if mean.reliable else ' not reliable'}"
 
 
 def _mean(rows: Iterable[Effect]) -> Effect:

@@ -47,12 +47,23 @@ def stage_effects(lineage: Lineage, methods: Sequence[str | Method]) -> StageEff
     found = [(stage, method, estimate(method, lineage, stage)) for stage in lineage.stages for method in chosen]
     rows = [row for stage, method, one in found for row in _rows(lineage, stage, one.method or method.name, one)]
     caveats = [*(method.caveat for method in chosen), *(note for *_, one in found for note in one.notes)]
+    caveats += [_unreliable(method, stage, one) for stage, method, one in found]
     sums = [
         row
         for method in chosen
         for row in _interactions(lineage, method.name, [one for _, its, one in found if its is method])
     ]
     return _result(lineage, rows, caveats, sums)
+
+
+def _unreliable(method: Method, stage: StageReader, found: Estimate) -> str:
+    """What to do about means that the error bars do not allow to be believed; empty if there are none."""
+    pairs = list(zip(found.effects, found.error_bars, strict=True))
+    count = sum(float(bar.mean()) > RELIABLE * abs(float(effect.mean())) for effect, bar in pairs)
+    if not count or not method.instead:
+        return ""
+    name = method.name if found.method in ("", method.name) else f"{method.name} ({found.method})"
+    return f"not reliable: {name} of stage '{stage.name}' on {count} of {len(pairs)} behaviors; run {method.instead}"
 
 
 def shapley_values(lineage: Lineage, pace: Pace) -> StageEffects:

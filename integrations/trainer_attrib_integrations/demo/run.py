@@ -36,7 +36,7 @@ from trainer_attrib_integrations.demo.stages import build_tokenizer, initial_mod
 from trainer_attrib_integrations.huggingface import AttributionCallback
 
 Say = Callable[[str], Any]
-METHODS = ("change", "subtract", "retrain")
+METHODS = ("change", "subtract", "replay", "retrain")
 TOP = 10
 
 
@@ -144,14 +144,14 @@ def _agreement(effects: StageEffects) -> list[str]:
     means = {(e.behavior, e.stage, e.method): e for e in effects.summary()}
     last = effects.rows[-1].stage
     lines = []
-    for method in ("change", "subtract"):
+    for method in METHODS[:-1]:
         pairs = [(means[b, s, method], e) for (b, s, m), e in means.items() if m == "retrain" and s != last]
         errors = [abs(cheap.effect - true.effect) / abs(true.effect) for cheap, true in pairs]
         signs = sum(cheap.effect * true.effect > 0 for cheap, true in pairs)
         covered = sum(abs(cheap.effect - true.effect) <= cheap.error_bar for cheap, true in pairs)
         line = f"'{method}' against retraining, earlier stages: {signs} of {len(pairs)} signs agree, "
         line += f"median relative error {float(np.median(errors)):.0%}"
-        lines.append(line + (f", {covered} of {len(pairs)} within the error bar" if method == "subtract" else ""))
+        lines.append(line + (f", {covered} of {len(pairs)} within the error bar" if method != "change" else ""))
     return lines
 
 

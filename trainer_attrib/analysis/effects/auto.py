@@ -36,6 +36,7 @@ class Auto:
     budget: float = 1.0
 
     name = "auto"
+    instead = "a larger budget (Auto(budget=1) may retrain), with the programs of the later stages"
     caveat = ""
 
     def check(self, lineage: Lineage, stage: StageReader) -> None:

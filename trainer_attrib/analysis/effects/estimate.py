@@ -49,6 +49,11 @@ class Method(Protocol):
         """What to keep in mind of everything that it says; empty if nothing."""
         ...
 
+    @property
+    def instead(self) -> str:
+        """What to run where its error bar is too large for its effect; empty if it has no error."""
+        ...
+
     def check(self, lineage: Lineage, stage: StageReader) -> None:
         """Raise an :class:`~trainer_attrib.errors.AnalysisError` if something is missing to estimate a stage's effect.
         Cheap: all stages are checked before the first is estimated."""

@@ -41,6 +41,7 @@ class FirstOrder:
     of: Of = "updates"
 
     name = "first_order"
+    instead = "method='replay'"
     caveat = (
         "first_order is a derivative extrapolated to removing a whole stage: it holds for small stages at the end of "
         "training, and misjudges size and order of the others (see the benchmark stage_effects)"

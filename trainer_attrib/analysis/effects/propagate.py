@@ -51,6 +51,7 @@ class Propagate:
     read_out: ReadOut = "moved weights"
 
     name = "propagate"
+    instead = "method='replay'"
     caveat = (
         "propagate sees a few batches of each later stage: it leaves out momentum carried from stage to stage and how "
         "Adam's second moments would have changed, and misleads where later stages train as fast as the stage did"

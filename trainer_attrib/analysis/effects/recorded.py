@@ -20,6 +20,7 @@ class Change:
     """
 
     name = "change"
+    instead = ""
     caveat = "change is what happened during a stage; it is not what the model would be without the stage"
 
     def check(self, lineage: Lineage, stage: StageReader) -> None:
@@ -45,6 +46,7 @@ class Subtract:
     """
 
     name = "subtract"
+    instead = "method='replay', or method='propagate' if later stages were gentle"
     caveat = (
         "subtract is a first look: it ignores how later stages would have trained from other weights, so that for all "
         "stages but the last not even its sign is certain"

@@ -80,6 +80,7 @@ class Replay:
     read_out: ReadOut = "cv"
 
     name = "replay"
+    instead = "Replay(merge=1, thin=4) or method='retrain'"
     caveat = ""
 
     def check(self, lineage: Lineage, stage: StageReader) -> None:

@@ -23,6 +23,7 @@ class Retrain:
     """
 
     name = "retrain"
+    instead = ""
     caveat = (
         "retrain is exact for the recorded batches and order; another data order would differ by the noise of "
         "training, which is not measured here"

@@ -31,6 +31,7 @@ class FromShadow:
     """
 
     name = "shadow"
+    instead = "method='replay', or record the stages with two replicas of the shadow"
     caveat = ""
 
     def check(self, lineage: Lineage, stage: StageReader) -> None:
