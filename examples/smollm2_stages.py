@@ -1,5 +1,6 @@
 """Which stage taught a real model what? SmolLM2-135M with a LoRA adapter, trained in three stages on sentences of three
-kinds (film reviews, product reviews, editorials); stage effects by `replay` at a quarter of the cost, beside really retraining.
+kinds (film reviews, product reviews, editorials); stage effects by `replay` at a quarter of the cost, beside really
+retraining.
 
     pip install -e '.[huggingface]' peft gguf==0.19.0
     PYTHONPATH=benchmarks python examples/smollm2_stages.py --out docs/images/smollm2_stages.txt
