@@ -156,7 +156,7 @@ def test_nothing_runs_from_data():
 
 def test_the_public_surface():
     assert trainer_attrib.__all__ == [
-        "Analyzer", "Behavior", "Influence", "Ledger", "Recorder", "Shadow", "SketchConfig", "StageEffects",
+        "Analyzer", "Behavior", "Examples", "Influence", "Ledger", "Recorder", "Shadow", "SketchConfig", "StageEffects",
         "TrainerAttribError", "__version__",
     ]  # fmt: skip
     for name in trainer_attrib.__all__:

@@ -13,6 +13,7 @@ from trainer_attrib.version import __version__ as __version__
 if TYPE_CHECKING:
     from trainer_attrib.analysis.analyzer import Analyzer as Analyzer
     from trainer_attrib.analysis.behavior import Behavior as Behavior
+    from trainer_attrib.analysis.examples import Examples as Examples
     from trainer_attrib.analysis.results import Influence as Influence
     from trainer_attrib.analysis.results import StageEffects as StageEffects
     from trainer_attrib.capture.recorder import Recorder as Recorder
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Analyzer": "trainer_attrib.analysis.analyzer",
     "Behavior": "trainer_attrib.analysis.behavior",
+    "Examples": "trainer_attrib.analysis.examples",
     "Influence": "trainer_attrib.analysis.results",
     "Ledger": "trainer_attrib.ledger.reader",
     "Recorder": "trainer_attrib.capture.recorder",
@@ -36,6 +38,7 @@ _HOME = {
 __all__ = [
     "Analyzer",
     "Behavior",
+    "Examples",
     "Influence",
     "Ledger",
     "Recorder",

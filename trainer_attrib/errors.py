@@ -16,6 +16,7 @@
     └── AnalysisError
         ├── BehaviorError         a behavior that cannot be measured
         ├── NotComparableError    a stage trained weights that cannot be expressed in the model's
+        ├── MissingDataError      a recipe needs training examples and was not given them
         └── MissingProgramError   a method needs to run a stage again and was not told how
 
 Each message says what was found, why, and what to do next.
@@ -100,6 +101,10 @@ class BehaviorError(AnalysisError):
 
 class NotComparableError(AnalysisError):
     """A stage trained weights that cannot be expressed in the model's."""
+
+
+class MissingDataError(AnalysisError):
+    """A recipe needs training examples and was not given them."""
 
 
 class MissingProgramError(AnalysisError):

@@ -108,7 +108,7 @@ def test_raw_rows_are_never_mixed_into_a_dot_product(tmp_path):
     analyzer = Analyzer(run.ledger, run.model)
     dot = analyzer.influence([margins()], recipe="grad_dot")
     assert any("24 rows left out: raw rows" in caveat for caveat in dot.caveats)
-    cosine = analyzer.influence([margins()])
+    cosine = analyzer.influence([margins()], recipe="grad_cos")
     assert not any("left out" in caveat for caveat in cosine.caveats)
     assert any("24 rows are raw" in caveat for caveat in cosine.caveats)
 

@@ -17,7 +17,9 @@ from trainer_attrib.analysis.effects.estimate import Method
 from trainer_attrib.analysis.effects.first_order import FirstOrder
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.propagate import Propagate
+from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.programs import Program, check_programs
+from trainer_attrib.analysis.recipes.recipe import Question, Recipe
 from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import Influence, StageEffects
@@ -161,21 +163,25 @@ class Analyzer:
         self,
         behaviors: Sequence[Behavior],
         stages: Sequence[str] | None = None,
-        recipe: str = "grad_cos",
+        recipe: str | Recipe = "trackstar",
         *,
+        data: Mapping[str, Examples] | None = None,
         carry: Propagate | None = None,
         programs: Mapping[str, Program] | None = None,
     ) -> Influence:
-        """Scores of all recorded examples for every query, from the sketches captured during training.
+        """Scores of training examples for every query.
 
         Args:
             behaviors: differentiable behaviors; every item is a query.
             stages: names of the stages whose examples are scored; all of the model's lineage by default.
-            recipe: ``"grad_cos"`` or ``"grad_dot"``.
+            recipe: ``"trackstar"``, ``"grad_cos"``, ``"grad_dot"`` or ``"tracin"``, from the sketches captured during
+                training; or a recipe object (docs/influence.md has all of them).
+            data: the examples of stages, for recipes that need their losses: stage name -> examples.
             carry: carries the behaviors' gradients back through later stages to the end of each scored one, so that
                 examples are scored by what is left of them in the final model; without it, gradients at the final
                 weights are compared with the rows of every stage.
-            programs: for ``carry``, of the stages after the first scored one.
+            programs: for ``carry``, of the stages after the first scored one; for recipes that run stages again, of
+                these.
 
         Raises:
             ConfigurationError: an unknown recipe, or a stage that is not in the model's lineage.
@@ -188,10 +194,9 @@ class Analyzer:
                 f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
                 fix="choose among those.",
             )
-        sketcher = None
-        if carry is not None:
-            sketcher = CarriedQueries(self._view(behaviors, programs), behaviors, chosen, carry)
-        return influences.influence(self.model, chosen, list(behaviors), recipe, sketcher)
+        view = self._view(behaviors, programs)
+        carried = None if carry is None else CarriedQueries(view, behaviors, chosen, carry)
+        return influences.influence(Question(view, chosen, data or {}, carried), recipe)
 
     def closure(self, programs: Mapping[str, Program]) -> Closure:
         """Run all stages again with nothing removed and compare with the recorded weights.

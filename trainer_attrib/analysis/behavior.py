@@ -94,7 +94,7 @@ class Behavior:
         name: str, prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, *, batch_size: int = 32
     ) -> Behavior:
         """Log-probability of each completion after its prompt, summed over the completion's tokens, in nats."""
-        items = [encode_pair(tokenizer, p, c) for p, c in _zip(name, prompts, completions)]
+        items = [encode_pair(tokenizer, p, c) for p, c in zipped(name, prompts, completions)]
         queries = [f"{p}{c}" for p, c in zip(prompts, completions, strict=True)]
         return Behavior(name, items, completion_logprobs, queries, batch_size, "nats")
 
@@ -111,7 +111,7 @@ class Behavior:
         """Log-probability of the right completion minus that of the wrong one, in nats; above 0 it prefers it."""
         items = [
             (encode_pair(tokenizer, p, r), encode_pair(tokenizer, p, w))
-            for p, r, w in _zip(name, prompts, right, wrong)
+            for p, r, w in zipped(name, prompts, right, wrong)
         ]
         queries = [f"{p}{r}  (not:{w})" for p, r, w in zip(prompts, right, wrong, strict=True)]
         return Behavior(name, items, _contrast, queries, batch_size, "nats")
@@ -133,10 +133,15 @@ class Behavior:
         return Behavior(name, items, _margin, queries, batch_size, "logits")
 
 
-def _zip(name: str, *columns: Sequence[str]) -> list[tuple[str, ...]]:
+def zipped(name: str, *columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Columns side by side.
+
+    Raises:
+        BehaviorError: they differ in length.
+    """
     if len({len(column) for column in columns}) != 1:
         raise BehaviorError(
-            f"Behavior '{name}' got lists of different lengths: {[len(column) for column in columns]}.",
+            f"'{name}' got lists of different lengths: {[len(column) for column in columns]}.",
             fix="pass one prompt and one completion of each kind per query.",
         )
     return list(zip(*columns, strict=True))

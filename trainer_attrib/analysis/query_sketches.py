@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,9 @@ from trainer_attrib.tap.names import parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.types import Layout
+
+Sketcher = Callable[[StageReader, int], Tensor]
+"""Stage and version of its second moments -> sketches of all queries, [Q, width]."""
 
 
 def sketch_queries(model: nn.Module, stage: StageReader, version: int, behaviors: Sequence[Behavior]) -> Tensor:

@@ -56,8 +56,27 @@ def text_losses(model: nn.Module, items: Sequence[TextPair]) -> Tensor:
     return -logprobs.sum(1) / counts
 
 
+def sampled_losses(model: nn.Module, items: Sequence[TextPair], generator: torch.Generator) -> Tensor:
+    """Losses of tokens that the model itself draws at the places that count, divided by the root of their number: the
+    outer product of the gradient of each is, in expectation, the curvature of the mean loss of its item. [N]."""
+    logits, labels = _next_token_logits(model, items)
+    counted = labels != IGNORED
+    probabilities = logits.detach().softmax(-1)[counted]
+    drawn = torch.full_like(labels, IGNORED)
+    drawn[counted] = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(labels.device)
+    losses = F.cross_entropy(logits.transpose(1, 2), drawn, ignore_index=IGNORED, reduction="none")
+    return losses.sum(1) / counted.sum(1).sqrt()
+
+
 def _token_logprobs(model: nn.Module, items: Sequence[TextPair]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, S-1], zero where a token does not count, and counts [N]. Padded on the right."""
+    """Log-probabilities [N, S-1], zero where a token does not count, and counts [N]."""
+    logits, labels = _next_token_logits(model, items)
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return -losses, (labels != IGNORED).sum(1)
+
+
+def _next_token_logits(model: nn.Module, items: Sequence[TextPair]) -> tuple[Tensor, Tensor]:
+    """Logits [N, S-1, V] and what they should predict, [N, S-1]. Padded on the right."""
     device = next(model.parameters()).device
     length = max(len(item.tokens) for item in items)
     tokens = torch.tensor([item.tokens + (0,) * (length - len(item.tokens)) for item in items], device=device)
@@ -65,9 +84,7 @@ def _token_logprobs(model: nn.Module, items: Sequence[TextPair]) -> tuple[Tensor
     mask = torch.tensor([[1] * len(i.tokens) + [0] * (length - len(i.tokens)) for i in items], device=device)
     output = model(input_ids=tokens, attention_mask=mask)
     logits = getattr(output, "logits", output)[:, :-1]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-    return -losses, (labels[:, 1:] != IGNORED).sum(1)
+    return logits if logits.dtype == torch.float64 else logits.float(), labels[:, 1:]
 
 
 def _checked(pair: TextPair, text: str) -> TextPair:

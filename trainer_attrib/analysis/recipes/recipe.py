@@ -1,0 +1,98 @@
+"""What a recipe is asked, what it answers, and what it must be able to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.effects.lineage import Lineage
+from trainer_attrib.analysis.examples import Examples
+from trainer_attrib.analysis.query_sketches import Sketcher, sketch_queries
+from trainer_attrib.analysis.results import InfluenceExamples
+from trainer_attrib.errors import MissingDataError
+from trainer_attrib.ledger.reader import StageReader
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which examples of some stages made the model behave as it does?
+
+    Args:
+        lineage: the model at the end of its last stage, how it came there, and the behaviors.
+        stages: whose examples are to be scored.
+        data: examples given by name of the stage that was trained on them, for recipes that need their losses.
+        carried: sketches queries that were carried back through later stages; None: gradients at the final weights.
+    """
+
+    lineage: Lineage
+    stages: Sequence[StageReader]
+    data: Mapping[str, Examples]
+    carried: Sketcher | None = None
+
+    @property
+    def behaviors(self) -> Sequence[Behavior]:
+        """What to explain; every item is a query."""
+        return self.lineage.behaviors
+
+    @property
+    def queries(self) -> int:
+        """How many queries all behaviors have together."""
+        return sum(len(behavior) for behavior in self.behaviors)
+
+    def sketches(self, stage: StageReader, version: int) -> Tensor:
+        """Sketches of all queries as the stage's rows of one second-moment version are scaled, [Q, width]."""
+        if self.carried is not None:
+            return self.carried(stage, version)
+        return sketch_queries(self.lineage.model, stage, version, self.behaviors)
+
+    def examples_of(self, stage: StageReader, recipe: str) -> Examples:
+        """The examples given for a stage.
+
+        Raises:
+            MissingDataError: there are none.
+        """
+        if stage.name not in self.data:
+            raise MissingDataError(
+                f"Recipe '{recipe}' needs the examples of stage '{stage.name}' and their losses; given are those of "
+                f"{sorted(self.data)}.",
+                cause="a ledger holds compressed gradients of the examples, not the examples.",
+                fix=f"pass data={{'{stage.name}': Examples.of_texts(texts, tokenizer, ids=ids)}}, or score the "
+                "sketches captured in training (recipe='trackstar').",
+            )
+        return self.data[stage.name]
+
+
+@dataclass(frozen=True)
+class StageScores:
+    """Scores of one stage's examples, float32 [Q, N]; ``caveats`` of this stage."""
+
+    examples: InfluenceExamples
+    scores: np.ndarray
+    caveats: tuple[str, ...] = ()
+
+
+class Recipe(Protocol):
+    """A way to score examples. Recipes are frozen values: their settings and nothing else."""
+
+    @property
+    def name(self) -> str:
+        """As it appears in results."""
+        ...
+
+    @property
+    def caveat(self) -> str:
+        """What its scores are not, for people; ``""`` if the general caveat says it all."""
+        ...
+
+    def score(self, question: Question) -> list[StageScores]:
+        """Scores for every stage of the question, in its order.
+
+        Raises:
+            AnalysisError: something is missing that the recipe needs.
+        """
+        ...
