@@ -40,6 +40,7 @@ class ModuleTap:
         plan: weights to sketch.
         projections: may be replaced between optimizer steps (:attr:`projections`).
         on_fault: called with any exception raised inside a hook; training never sees it unless this raises.
+        record: what is kept of each forward pass.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class ModuleTap:
         plan: SketchPlan,
         projections: Projections,
         on_fault: Callable[[Exception], None],
+        record: type[Record] = Record,
     ) -> None:
-        self.plan, self.projections, self._on_fault = plan, projections, on_fault
+        self.plan, self.projections, self._on_fault, self._record_type = plan, projections, on_fault, record
         self.record: Record | None = None
         self.loss_scale: Tensor | None = None  # of the backward pass that is running; 0-dim, on the device
         self.passes = BackwardPasses()
@@ -77,7 +79,7 @@ class ModuleTap:
         like = self.projections[self.plan.weights[0].name].left
         self._overlapping = self.record is not None and not (self.record.reached or self.record.backwards)
         self.passes.forward_begins()
-        self.record = Record(rows, layout, self.plan, like, segments)
+        self.record = self._record_type(rows, layout, self.plan, like, segments)
         self._traced.open(self.record)
         return self.record
 

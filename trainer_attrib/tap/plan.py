@@ -79,6 +79,15 @@ class SketchPlan:
                 offset += weight.size
         return replace(self, weights=tuple(chosen))
 
+    def of_rank(self, rank: int) -> SketchPlan:
+        """The same weights in sketches of another dimension."""
+        chosen, offset = [], 0
+        for weight in self.weights:
+            sides = {"left": min(rank, weight.rows), "right": min(rank, weight.columns)}
+            chosen.append(replace(weight, **sides, offset=offset))
+            offset += chosen[-1].size
+        return replace(self, weights=tuple(chosen), rank=rank)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +60,30 @@ class Projections:
             rows_R, columns_C = factors[weight.name]
             row_scale_R, column_scale_C = inverse_root(rows_R.double().cpu(), columns_C.double().cpu())
             left, right = left * (row_scale_R * self.unit), right * column_scale_C
-        left, right = left.to(self._like[weight.name]), right.to(self._like[weight.name])
-        if not weight.bias:
-            return Pair(left, right, (left, right), None)
-        extended = (left, right)[weight.bias_axis]
-        main = extended[:, :-1].contiguous()
-        sides = (main, right) if weight.bias_axis == 0 else (left, main)
-        return Pair(left, right, sides, extended[:, -1].contiguous())
+        return _with_bias(weight, left.to(self._like[weight.name]), right.to(self._like[weight.name]))
+
+    def rotated(self, plan: SketchPlan, turns: Mapping[str, tuple[Tensor, Tensor]]) -> Projections:
+        """The same followed by one more matrix on each side of every weight, left [k_l, K_l] and right [k_r, K_r].
+
+        Args:
+            plan: the same weights, in sketches of k_l by k_r.
+            turns: by weight name.
+        """
+        changed = copy.copy(self)
+        changed.plan, pairs = plan, [(w, self._pairs[w.name], *turns[w.name]) for w in plan.weights]
+        changed._pairs = {w.name: _with_bias(w, left @ p.left, right @ p.right) for w, p, left, right in pairs}
+        return changed
+
+    def scaled(self, scales: Mapping[str, tuple[Tensor, Tensor]]) -> Projections:
+        """The same after gradients are multiplied by a b^T entry by entry.
+
+        Args:
+            scales: a [R] and b [C] by weight name.
+        """
+        changed = copy.copy(self)
+        pairs = [(w, self._pairs[w.name], *scales[w.name]) for w in self.plan.weights]
+        changed._pairs = {w.name: _with_bias(w, p.left * a.to(p.left), p.right * b.to(p.right)) for w, p, a, b in pairs}
+        return changed
 
     def sketch(self, weight: WeightPlan, tensor: Tensor, bias: Tensor | None) -> Tensor:
         """Sketch of a tensor shaped like the weight (the weight itself, its gradient), [K_l, K_r].
@@ -87,6 +104,15 @@ class Projections:
         other = pair.sides[1 - weight.bias_axis]
         other = other if part.local.shape == bias.shape else other[:, part.span]
         return add_bias(sketch, part.local.to(other.dtype), weight.bias_axis, other, pair.bias)
+
+
+def _with_bias(weight: WeightPlan, left: Tensor, right: Tensor) -> Pair:
+    if not weight.bias:
+        return Pair(left, right, (left, right), None)
+    extended = (left, right)[weight.bias_axis]
+    main = extended[:, :-1].contiguous()
+    sides = (main, right) if weight.bias_axis == 0 else (left, main)
+    return Pair(left, right, sides, extended[:, -1].contiguous())
 
 
 def of_shard(left_KR: Tensor, part: Shard, entries: int) -> Tensor:
