@@ -17,7 +17,8 @@
         ├── BehaviorError         a behavior that cannot be measured
         ├── NotComparableError    a stage trained weights that cannot be expressed in the model's
         ├── MissingDataError      a recipe needs training examples and was not given them
-        └── MissingProgramError   a method needs to run a stage again and was not told how
+        ├── MissingProgramError   a method needs to run a stage again and was not told how
+        └── EvaluationError       scores and a ground truth that cannot be held against each other
 
 Each message says what was found, why, and what to do next.
 """
@@ -109,3 +110,7 @@ class MissingDataError(AnalysisError):
 
 class MissingProgramError(AnalysisError):
     """A method needs to run a stage again and was not told how."""
+
+
+class EvaluationError(AnalysisError, ValueError):
+    """Scores and a ground truth that cannot be held against each other."""

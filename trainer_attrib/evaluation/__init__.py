@@ -1,1 +1,1 @@
-"""How good is an attribution? Controls and baselines that every figure is shown beside."""
+"""How good is an attribution? Truth by retraining, what is measured against it, controls and baselines beside it."""
