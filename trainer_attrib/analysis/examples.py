@@ -73,6 +73,11 @@ class Examples:
         order = sorted(range(len(self)), key=lambda i: (-self.lengths[i], i))
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
+    def drawn(self, count: int, generator: torch.Generator) -> list[list[int]]:
+        """Positions of at most so many examples drawn at random, batch by batch."""
+        order = torch.randperm(len(self), generator=generator)[:count].tolist()
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
     def items(self, positions: Sequence[int]) -> list[Any]:
         """The items at these positions."""
         return [self.dataset[i] for i in positions]

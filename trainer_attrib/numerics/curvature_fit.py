@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer_attrib.numerics.spectral import proximal_response
-
 WHOLE = 1 << 27  # bytes that blocks may take before only their diagonals are kept
+FLATTENED = 0.1
+"""Share of the damping that diagonals take. A diagonal in coordinates that are only nearly the curvature's own mixes
+large eigenvalues into small ones, which then need less (docs/log.md has how it was measured)."""
 
 
 class CurvatureFit:
@@ -19,11 +20,12 @@ class CurvatureFit:
     Args:
         spans: the columns of each block.
         like: a tensor with the rows' dtype and device.
+        room: bytes that whole blocks may take.
     """
 
-    def __init__(self, spans: Sequence[slice], like: Tensor) -> None:
+    def __init__(self, spans: Sequence[slice], like: Tensor, room: int = WHOLE) -> None:
         self.spans, sizes = list(spans), [span.stop - span.start for span in spans]
-        self.whole = sum(size**2 for size in sizes) * like.element_size() <= WHOLE
+        self.whole = sum(size**2 for size in sizes) * like.element_size() <= room
         self._sums = [like.new_zeros(size, size) if self.whole else like.new_zeros(size) for size in sizes]
 
     def add(self, rows_NK: Tensor) -> None:
@@ -32,20 +34,33 @@ class CurvatureFit:
             block_NK = rows_NK[:, span]
             total += block_NK.T @ block_NK if self.whole else block_NK.square().sum(0)
 
-    def respond(self, forces_QK: Tensor, count: int, decay: float) -> Tensor:
-        """The proximal response to forces, [Q, K].
+    def respond(self, forces_QK: Tensor, count: int, damping: float | None) -> Tensor:
+        """(A + damping)^(-1) f for each force, [Q, K].
+
+        Where a unit of gradient is measured by how far training moved a weight along it, the damping is 1, plus what
+        weight decay adds: what training did not have the time to learn, it does not respond to (Bae et al. 2022, "If
+        influence functions are the answer, then what is the question?", for the proximal problem that this solves;
+        Ali et al. 2019, "A continuous-time view of early stopping for least squares regression", theorem 1, for
+        stopping after a time t as a proximity of 1 / t).
 
         Args:
             forces_QK: in the rows' coordinates.
-            count: curvature is the sum of the rows' outer products over this.
-            decay: see :func:`~trainer_attrib.numerics.spectral.proximal_response`.
+            count: A is the sum of the rows' outer products over this.
+            damping: in A's units; None: a tenth of the mean of each block's eigenvalues, as is usual.
         """
         found_QK = torch.zeros_like(forces_QK)
         for total, span in zip(self._sums, self.spans, strict=True):
-            if self.whole:
-                values_K, vectors_KK = torch.linalg.eigh(total / count)
-                turned_QK = (forces_QK[:, span] @ vectors_KK) * proximal_response(values_K, decay)
-                found_QK[:, span] = turned_QK @ vectors_KK.T
+            diagonal_K = (total.diagonal() if self.whole else total) / count
+            if damping is None:
+                slack = 0.1 * float(diagonal_K.mean())
             else:
-                found_QK[:, span] = forces_QK[:, span] * proximal_response(total / count, decay)
+                slack = damping if self.whole else FLATTENED * damping
+            if slack > 0:  # a block that nothing reached has no curvature, and no force either
+                found_QK[:, span] = self._solve(total / count, slack, forces_QK[:, span])
         return found_QK
+
+    def _solve(self, curvature: Tensor, slack: float, forces_QK: Tensor) -> Tensor:
+        if not self.whole:
+            return forces_QK / (curvature + slack)
+        curvature.diagonal().add_(slack)
+        return torch.cholesky_solve(forces_QK.T, torch.linalg.cholesky(curvature)).T

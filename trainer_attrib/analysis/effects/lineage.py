@@ -14,7 +14,7 @@ from trainer_attrib.analysis.programs import Program
 from trainer_attrib.analysis.timeline import Timeline
 from trainer_attrib.analysis.training_state import TrainingState, standing
 from trainer_attrib.ledger.reader import StageReader
-from trainer_attrib.tap.names import buffers_by_name
+from trainer_attrib.tap.names import buffers_by_name, parameters_by_name
 
 Values = list[Tensor]
 """One tensor per behavior, float64 [Q] on the CPU."""
@@ -69,6 +69,20 @@ class Lineage:
             NotComparableError: weights whose values then are not known.
         """
         return self._state(stage, "end", next(iter(self.later(stage)), None))
+
+    def inside(self, stage: StageReader, snapshot: str) -> TrainingState:
+        """The model's weights and buffers at any snapshot of a stage.
+
+        Raises:
+            NotComparableError: weights whose values then are not known.
+            StageNotFoundError: no such snapshot.
+        """
+        if snapshot in ("start", "end"):
+            return getattr(self, snapshot)(stage)
+        end, places = self.end(stage), parameters_by_name(self.model)
+        trained = {n: w for n, w in stage.snapshot(snapshot).items() if n in places and w.shape == places[n].shape}
+        known = {name: value for name, value in stage.buffers(snapshot).items() if name in end.buffers}
+        return TrainingState({**end.weights, **trained}, {**end.buffers, **known})
 
     def _state(self, stage: StageReader, when: str, next_stage: StageReader | None) -> TrainingState:
         known = buffers_by_name(self.model).keys()

@@ -7,7 +7,7 @@ every layer's block is fitted whole. All is measured in the metric of training, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,64 +15,97 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.gradient_rows import GradientRows
 from trainer_attrib.analysis.query_sketches import missing_weights
 from trainer_attrib.analysis.recipes.captured_basis import captured_basis
-from trainer_attrib.analysis.recipes.recipe import Question, StageScores
+from trainer_attrib.analysis.recipes.recipe import Question, StageScores, described
 from trainer_attrib.analysis.recipes.training_metric import TrainingMetric, training_metric
-from trainer_attrib.analysis.results import InfluenceExamples
+from trainer_attrib.analysis.training_state import standing
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.numerics.curvature_fit import CurvatureFit
+from trainer_attrib.tap.names import modules_by_name
 from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.projections import Projections
+
+UNKNOWN_STEPS = (
+    "stage '{stage}': its optimizer's steps are not known here, so that curvature is damped by a tenth of its mean "
+    "instead of by how far training went"
+)
 
 
 @dataclass(frozen=True)
 class GaussNewton:
     """-q^T P^(1/2) (P^(1/2) G P^(1/2) + decay + 1)^(-1) P^(1/2) g / N: by how much training on an example changed a
-    behavior with gradient q, in its unit, to first order.
+    behavior with gradient q, in its unit, to first order; mean over the recorded states of the model.
 
     G is the Gauss-Newton matrix of the mean loss, g the example's gradient, P how far training moved a weight per unit
-    of gradient. One pass over the data for curvature, one for scores, and one over a part of it for the coordinates.
+    of gradient, all at one state. States along the way know what the example did before the model had learned it, when
+    its gradient was still large. Each costs a pass over the data for the scores and one over parts of it for curvature.
 
     Args:
+        states: names of snapshots; None: all that the stage recorded after its start.
         rank: coordinates kept on each side of a weight.
         wide: coordinates on each side among which they are looked for; longer sides are projected at random first.
         basis: how many examples the coordinates are fitted to.
-        seed: of the predictions drawn for the curvature, and of the examples for the coordinates.
+        sample: how many examples curvature is fitted to.
+        seed: of these choices, and of the predictions drawn for the curvature.
     """
 
+    states: tuple[str, ...] | None = None
     rank: int = 32
     wide: int = 1024
     basis: int = 512
+    sample: int = 4096
     seed: int = 0
 
     name = "gauss_newton"
-    caveat = "gauss_newton is of the weights at the end: what an example did to the path of training is not in it"
+    caveat = ""
 
     def score(self, question: Question) -> list[StageScores]:
         """See :meth:`trainer_attrib.analysis.recipes.recipe.Recipe.score`."""
-        return [self._score(question, stage, question.examples_of(stage, self.name)) for stage in question.stages]
+        return [self._of_stage(question, stage, question.examples_of(stage, self.name)) for stage in question.stages]
 
-    def _score(self, question: Question, stage: StageReader, examples: Examples) -> StageScores:
-        model, generator = question.lineage.model, torch.Generator().manual_seed(self.seed)
-        plan, metric = _plan(model, stage), None
-        metric = training_metric(stage, plan)
+    def _of_stage(self, question: Question, stage: StageReader, examples: Examples) -> StageScores:
+        model, plan = question.lineage.model, _plan(question.lineage.model, stage)
+        metric, states = training_metric(stage, plan), self._states(stage)
+        total_QN = np.zeros((question.queries, len(examples)))
+        for name in states:
+            with standing(model, question.lineage.inside(stage, name)):
+                total_QN += self._at_state(model, question.behaviors, examples, plan, metric)
+        caveats = [] if metric else [UNKNOWN_STEPS.format(stage=stage.name)]
+        return StageScores(described(stage, examples), (total_QN / len(states)).astype(np.float32), (*caveats,))
+
+    def _states(self, stage: StageReader) -> list[str]:
+        recorded = [entry["name"] for entry in sorted(stage.meta["snapshots"], key=lambda e: e["step"])]
+        if self.states is not None:
+            return list(self.states)
+        return [name for name in recorded if name != "start"] or recorded
+
+    def _at_state(
+        self,
+        model: nn.Module,
+        behaviors: Sequence[Behavior],
+        examples: Examples,
+        plan: SketchPlan,
+        metric: TrainingMetric | None,
+    ) -> np.ndarray:
+        generator = torch.Generator().manual_seed(self.seed)
         projections = self._projections(model, plan, metric, examples, generator)
+        scores_QN = np.zeros((sum(map(len, behaviors)), len(examples)), np.float32)
         with GradientRows(model, projections).opened() as rows:
-            queries_QK = torch.stack([rows.of_query(b, q) for b in question.behaviors for q in range(len(b))])
-            fit = CurvatureFit([w.span for w in projections.plan.weights], queries_QK)
-            for positions in _progress(examples, f"curvature of {stage.name}"):
+            queries_QK = torch.stack([rows.of_query(b, q) for b in behaviors for q in range(len(b))])
+            fit, chosen = CurvatureFit([w.span for w in projections.plan.weights], queries_QK), self.sample
+            for positions in examples.drawn(chosen, generator):
                 for record in rows.of_curvature(examples, positions, generator):
                     fit.add(record.sketches)
-            decay = metric.decay if metric else 0.0
-            answers_QK = fit.respond(queries_QK, len(examples), decay) / len(examples)
-            scores_QN = np.zeros((len(answers_QK), len(examples)), np.float32)
-            for positions in _progress(examples, f"scoring {stage.name}"):
+            damping = 1 + metric.decay if metric else None
+            answers_QK = fit.respond(queries_QK, min(chosen, len(examples)), damping) / len(examples)
+            for positions in tqdm(examples.batches(), desc="scoring", leave=False, disable=None):
                 found_QB = -answers_QK @ rows.of_losses(examples, positions).T
                 scores_QN[:, positions] = found_QB.float().cpu().numpy()
-        return StageScores(_described(stage, examples), scores_QN, ())
+        return scores_QN
 
     def _projections(
         self,
@@ -84,23 +117,14 @@ class GaussNewton:
     ) -> Projections:
         start = Projections(plan.of_rank(self.wide), model)
         start = start.scaled(metric.roots) if metric else start
-        chosen = torch.randperm(len(examples), generator=generator)[: self.basis].tolist()
-        batches = [chosen[i : i + examples.batch_size] for i in range(0, len(chosen), examples.batch_size)]
+        batches = examples.drawn(self.basis, generator)
         return captured_basis(model, start, plan.of_rank(self.rank), examples, batches, generator)
 
 
 def _plan(model: nn.Module, stage: StageReader) -> SketchPlan:
-    """The weights of the stage's rows that the model still has, without embeddings."""
-    plan, gone = SketchPlan.from_dict(stage.meta["plan"]), set(missing_weights(model, stage))
-    return plan.of_weights({w.name for w in plan.weights} - gone)
-
-
-def _progress(examples: Examples, title: str) -> Iterator[list[int]]:
-    batches = examples.batches()
-    yield from tqdm(batches, desc=title, leave=False, disable=None)
-
-
-def _described(stage: StageReader, examples: Examples) -> InfluenceExamples:
-    ids = np.array(examples.ids, dtype=object)
-    names = np.array([stage.name] * len(ids), dtype=object)
-    return InfluenceExamples(names, ids, np.zeros(len(ids), np.int64), examples.sources, examples.texts)
+    """The weights of the stage's rows that the model still has, without embeddings: most of their rows are gradients of
+    tokens that an example does not have, and they were measured to make scores worse (docs/log.md)."""
+    plan, modules = SketchPlan.from_dict(stage.meta["plan"]), modules_by_name(model)
+    gone = {*missing_weights(model, stage)}
+    kept = {w.name for w in plan.weights if not isinstance(modules.get(w.modules[0]), nn.Embedding)}
+    return plan.of_weights(kept - gone or {w.name for w in plan.weights} - gone)

@@ -76,6 +76,18 @@ class StageScores:
     caveats: tuple[str, ...] = ()
 
 
+def described(stage: StageReader, examples: Examples) -> InfluenceExamples:
+    """Given examples as columns of a result, with the last step in which the stage recorded each (0: in none)."""
+    steps: dict[str, int] = {}
+    for block in stage.rows():
+        for example, step in zip(block.table["example"].to_pylist(), block.table["step"].to_pylist(), strict=True):
+            steps[example] = max(step, steps.get(example, 0))
+    ids = np.array(examples.ids, dtype=object)
+    names = np.array([stage.name] * len(ids), dtype=object)
+    last = np.array([steps.get(example, 0) for example in examples.ids], np.int64)
+    return InfluenceExamples(names, ids, last, list(examples.sources), list(examples.texts))
+
+
 class Recipe(Protocol):
     """A way to score examples. Recipes are frozen values: their settings and nothing else."""
 
