@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.analysis.stages import Classifier, margins, three_stages
 from trainer_attrib import Analyzer, Behavior, SketchConfig
+from trainer_attrib.analysis.recipes.trackstar import TrackStar
 from trainer_attrib.errors import AnalysisError, ConfigurationError, ModelMismatchError, StageNotFoundError
+from trainer_attrib.numerics.row_curvature import shrinkage
 from trainer_attrib.numerics.second_moment import factor, inverse_root, lifted
 
 FULL = SketchConfig(rank=64, dtype="float32")  # at least as large as every side: nothing is projected away
@@ -45,6 +48,52 @@ def test_scores_equal_their_dense_definition_without_projection(tmp_path, recipe
     if recipe == "grad_cos":
         queries, examples = F.normalize(queries, dim=1), F.normalize(examples, dim=1)
     np.testing.assert_allclose(found, -(queries @ examples.T).numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["fisher", "trackstar"])
+def test_scores_with_curvature_equal_their_dense_definition_without_projection(tmp_path, recipe):
+    run, behavior = three_stages(tmp_path / "run", "sgd", lr=0.0, sketch=RAW, stages=("first",)), margins()
+    chosen = {"fisher": "fisher", "trackstar": TrackStar(mixing=0.3)}[recipe]
+    found = ordered(Analyzer(run.ledger, run.model).influence([behavior], recipe=chosen))
+    queries, examples = dense(run, behavior)
+    expected, whitened = 0, []
+    for span in (slice(0, 56), slice(56, 83)):
+        q, g = queries[:, span], examples[:, span]
+        moment = g.T @ g / len(g)
+        if recipe == "fisher":
+            slack = 0.1 * moment.diagonal().mean() * torch.eye(len(moment)).double()
+            expected = expected - q @ torch.linalg.solve(moment + slack, g.T)
+        else:
+            mixed = 0.3 * q.T @ q / len(q) + 0.7 * moment
+            root = inverse_root_of(mixed, shrinkage(g.repeat(4, 1), moment))  # every example was visited 4 times
+            whitened.append((q @ root, g @ root))
+    if whitened:
+        q, g = (F.normalize(torch.cat(side, 1), dim=1) for side in zip(*whitened, strict=True))
+        expected = -q @ g.T
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def inverse_root_of(moment, share):
+    moment = (1 - share) * moment + share * moment.diagonal().mean() * torch.eye(len(moment)).double()
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors @ torch.diag(values.rsqrt()) @ vectors.T
+
+
+def test_tracin_adds_up_what_every_step_did_to_first_order(tmp_path, monkeypatch):
+    """At constant weights, SGD moves the behavior by -lr * q . g / batch for each visit of an example."""
+    run, behavior = three_stages(tmp_path / "run", "sgd", lr=0.0, sketch=RAW, stages=("first",)), margins()
+    analyzer = Analyzer(run.ledger, run.model)
+    stage = analyzer.lineage[0]
+    rated = with_rates(stage.steps(), 0.5)
+    monkeypatch.setattr(stage, "steps", lambda: rated)
+    found = ordered(analyzer.influence([behavior], recipe="tracin"))
+    queries, examples = dense(run, behavior)
+    np.testing.assert_allclose(found, -(4 * 0.5 / 6 * queries @ examples.T).numpy(), rtol=1e-4, atol=1e-6)
+
+
+def with_rates(steps, rate):
+    at = steps.column_names.index("learning_rate")
+    return steps.set_column(at, "learning_rate", pa.array([[rate]] * steps.num_rows))
 
 
 def test_corrected_scores_equal_their_dense_definition(tmp_path):

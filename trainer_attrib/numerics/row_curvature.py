@@ -88,6 +88,14 @@ def inverse_root(moment_KK: Tensor, share: float) -> Tensor:
     return ((vectors_KK * root_K) @ vectors_KK.T).float()
 
 
+def damped_inverse(moment_KK: Tensor, damping: float) -> Tensor:
+    """(R + damping * mean eigenvalue)^(-1), float32 [K, K]; zeros where R is zero."""
+    slack = damping * float(moment_KK.diagonal().mean())
+    if slack <= 0:
+        return torch.zeros_like(moment_KK).float()
+    return torch.linalg.inv(moment_KK.double() + slack * torch.eye(len(moment_KK), dtype=torch.float64)).float()
+
+
 def whiten(rows_NK: Tensor, spans: Sequence[slice], roots: Sequence[Tensor]) -> Tensor:
     """Rows with each block multiplied by its matrix, [N, K]."""
     found_NK = torch.zeros_like(rows_NK)

@@ -52,7 +52,7 @@ class TrackStar:
     def prepare(self, stage: StreamedStage, sketch: Callable[[int], Tensor]) -> Score:
         """Fit R in one stream over the rows."""
         spans = [weight.span for weight in SketchPlan.from_dict(stage.reader.meta["plan"]).weights]
-        train, sample_NK, last = _training_moments(stage, spans)
+        train, sample_NK, last = training_moments(stage, spans)
         task = SecondMoments(spans)
         task.add(sketch(last))
         roots = self._roots(task, train, sample_NK)
@@ -78,7 +78,7 @@ class TrackStar:
         return [inverse_root(moment_KK, share) for moment_KK, share in zip(mixed, shares, strict=True)]
 
 
-def _training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMoments, Tensor, int]:
+def training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMoments, Tensor, int]:
     """Second moments of the rows, some rows, and the last second-moment version among them."""
     moments, sample, last = SecondMoments(spans), list[Tensor](), 0
     for rows in _scaled(stage):
