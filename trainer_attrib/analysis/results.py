@@ -246,7 +246,7 @@ class Influence(Result):
         note = f"Recipe {self.recipe}, over {len(self.examples):,} training examples. "
         note += "Positive scores: training on the example increased the behavior."
         if self.tokens:
-            note += " Tokens: green ones increased it, red ones decreased it, the more the stronger their color."
+            note += " Tokens: green ones increased it, red ones decreased it; full color is the strongest of the example."
         return [Rankings("Training examples", rankings, note), Notes("What to keep in mind", self.caveats)]
 
     def plot(self) -> Any:

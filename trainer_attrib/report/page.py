@@ -95,7 +95,8 @@ def _ranking(ranking: Ranking, *, first: bool) -> str:
 
 
 def _example(example: Example) -> str:
-    facts = " · ".join(filter(None, [example.name, example.source, f"{example.stage}, step {example.step}"]))
+    place = f"{example.stage}, step {example.step}" if example.step else example.stage
+    facts = " · ".join(filter(None, [example.name, example.source, place]))
     return (
         f'<li><b class="score">{example.score:+.3g}</b><p class="text">{_text(example)}</p>'
         f'<p class="facts">{escaped(facts)}</p></li>'

@@ -40,10 +40,7 @@ class Directional:
     snapshots: tuple[str, ...] = ("end",)
 
     name = "directional"
-    caveat = (
-        "directional takes the behavior's gradient at the same weights as the examples': later steps and stages are "
-    )
-    caveat += "not in it"
+    caveat = "directional compares gradients at the same weights: what later steps and stages made of it is not in it"
 
     def score(self, question: Question) -> list[StageScores]:
         """See :meth:`trainer_attrib.analysis.recipes.recipe.Recipe.score`."""
