@@ -19,7 +19,9 @@ from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.programs import Program, check_programs
+from trainer_attrib.analysis.recipes.directional import Directional
 from trainer_attrib.analysis.recipes.recipe import Question, Recipe
+from trainer_attrib.analysis.recipes.tokens import token_scores
 from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import Influence, StageEffects
@@ -197,6 +199,33 @@ class Analyzer:
         view = self._view(behaviors, programs)
         carried = None if carry is None else CarriedQueries(view, behaviors, chosen, carry)
         return influences.influence(Question(view, chosen, data or {}, carried), recipe)
+
+    def token_scores(
+        self,
+        influence: Influence,
+        behaviors: Sequence[Behavior],
+        data: Mapping[str, Examples],
+        *,
+        top: int = 5,
+        recipe: Directional | None = None,
+    ) -> Influence:
+        """The same influence, with scores of the tokens of each query's examples at both ends of its ranking: in
+        ``token_table()`` and as colors in the report.
+
+        Args:
+            influence: of any recipe.
+            behaviors: those for which it was asked.
+            data: the examples of the scored stages, with losses by token (``Examples.of_texts``, ``of_pairs``).
+            top: so many examples at each end.
+            recipe: with other settings than the default ones.
+
+        Raises:
+            ConfigurationError: the influence is of other queries, or of examples that are not among the given ones.
+            MissingDataError: no examples are given for a stage, or they have no losses by token.
+        """
+        scored = {*influence.examples.stages}
+        question = Question(self._view(behaviors), [s for s in self.lineage if s.name in scored], data)
+        return token_scores(question, influence, top, recipe or Directional())
 
     def closure(self, programs: Mapping[str, Program]) -> Closure:
         """Run all stages again with nothing removed and compare with the recorded weights.

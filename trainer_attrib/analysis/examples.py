@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer_attrib.analysis.behavior import Measure, zipped
-from trainer_attrib.analysis.text import TextPair, encode_pair, encode_text, sampled_losses, text_losses
+from trainer_attrib.analysis.text import (
+    TextPair,
+    encode_pair,
+    encode_text,
+    pieces,
+    sampled_losses,
+    text_losses,
+    token_losses,
+)
 from trainer_attrib.errors import ConfigurationError
 
 FisherLosses = Callable[[nn.Module, list[Any], torch.Generator], Iterator[Tensor]]
@@ -19,6 +28,19 @@ FisherLosses = Callable[[nn.Module, list[Any], torch.Generator], Iterator[Tensor
 to the curvature of each item's loss: the Gauss-Newton matrix, which is the Fisher information of the model's own
 predictions (Martens 2020, "New insights and perspectives on the natural gradient method", section 5)."""
 FEW_CLASSES = 16
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """What the tokens of examples have to do with their losses.
+
+    Args:
+        losses: parts by token, [len(items), S]; a row adds up to the example's loss, and is 0 beyond its tokens.
+        pieces: item -> how its tokens are shown, one string each.
+    """
+
+    losses: Measure
+    pieces: Callable[[Any], list[str]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,7 @@ class Examples:
         lengths: of the items, by which batches are sorted so that little is padded.
         fisher: for curvature. None: outer products of the losses' own gradients stand in for it.
         batch_size: items in one forward pass.
+        tokens: for scores of single tokens.
 
     Raises:
         ConfigurationError: no examples, columns of different lengths, or two with the same id.
@@ -47,6 +70,7 @@ class Examples:
     lengths: Sequence[int] = ()
     fisher: FisherLosses | None = None
     batch_size: int = 32
+    tokens: TokenLosses | None = None
 
     def __post_init__(self) -> None:
         count = len(self.dataset)
@@ -93,7 +117,7 @@ class Examples:
     ) -> Examples:
         """Texts for a causal language model: mean next-token loss of each."""
         items = [encode_text(tokenizer, text) for text in texts]
-        return _of_tokens(items, list(texts), ids, sources, batch_size)
+        return _of_tokens(tokenizer, items, list(texts), ids, sources, batch_size)
 
     @staticmethod
     def of_pairs(
@@ -107,7 +131,8 @@ class Examples:
     ) -> Examples:
         """Completions after their prompts: mean loss of each completion's tokens."""
         items = [encode_pair(tokenizer, p, c) for p, c in zipped("Examples", prompts, completions)]
-        return _of_tokens(items, [p + c for p, c in zip(prompts, completions, strict=True)], ids, sources, batch_size)
+        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+        return _of_tokens(tokenizer, items, texts, ids, sources, batch_size)
 
     @staticmethod
     def of_classes(
@@ -134,10 +159,16 @@ class Examples:
 
 
 def _of_tokens(
-    items: list[TextPair], texts: list[str], ids: Sequence[str], sources: Sequence[str | None], batch_size: int
+    tokenizer: Any,
+    items: list[TextPair],
+    texts: list[str],
+    ids: Sequence[str],
+    sources: Sequence[str | None],
+    batch_size: int,
 ) -> Examples:
     lengths = [len(item.tokens) for item in items]
-    return Examples(items, text_losses, ids, texts, sources, lengths, _token_fisher, batch_size)
+    tokens = TokenLosses(token_losses, partial(pieces, tokenizer))
+    return Examples(items, text_losses, ids, texts, sources, lengths, _token_fisher, batch_size, tokens)
 
 
 def _token_fisher(model: nn.Module, items: list[Any], generator: torch.Generator) -> Iterator[Tensor]:

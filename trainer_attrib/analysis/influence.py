@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from trainer_attrib.analysis.recipes.directional import Directional
 from trainer_attrib.analysis.recipes.fisher import Fisher
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
+from trainer_attrib.analysis.recipes.loss_difference import ContrastiveLossDifference
 from trainer_attrib.analysis.recipes.products import GradCos, GradDot, TracIn
 from trainer_attrib.analysis.recipes.recipe import Question, Recipe
 from trainer_attrib.analysis.recipes.trackstar import TrackStar
@@ -13,7 +15,8 @@ from trainer_attrib.analysis.results import Influence, InfluenceExamples
 from trainer_attrib.errors import ConfigurationError
 
 RECIPES: dict[str, type[Recipe]] = {
-    recipe.name: recipe for recipe in (GradCos, GradDot, TracIn, Fisher, TrackStar, GaussNewton)
+    recipe.name: recipe
+    for recipe in (GradCos, GradDot, TracIn, Fisher, TrackStar, GaussNewton, Directional, ContrastiveLossDifference)
 }
 NOT_ENTAILMENT = "influence is what training on an example did, not whether its text states the answer"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +177,20 @@ class InfluenceExamples:
         )
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """An example token by token: what each adds to the text, and its score, float32."""
+
+    pieces: tuple[str, ...]
+    scores: np.ndarray
+
+
 @dataclass(frozen=True, repr=False)
 class Influence(Result):
     """Scores of training examples for queries; positive means that training on the example increased the behavior.
 
-    ``scores`` is float32 [Q, N]; ``behaviors`` and ``queries`` name its rows, ``examples`` its columns.
+    ``scores`` is float32 [Q, N]; ``behaviors`` and ``queries`` name its rows, ``examples`` its columns. ``tokens`` has
+    scores of the tokens of some examples by row and column (``analyzer.token_scores``).
     """
 
     behaviors: tuple[str, ...]
@@ -190,6 +199,7 @@ class Influence(Result):
     examples: InfluenceExamples
     recipe: str
     caveats: tuple[str, ...] = ()
+    tokens: Mapping[tuple[int, int], TokenScores] = field(default_factory=dict)
 
     def top(self, k: int = 10) -> pa.Table:
         """The k examples that increased each behavior most, best first."""
@@ -202,6 +212,25 @@ class Influence(Result):
     def to_table(self) -> pa.Table:
         """Every score. Columns behavior, query, stage, example, rank, score, step, source, text."""
         return self.top(len(self.examples))
+
+    def token_table(self) -> pa.Table:
+        """Scores of tokens. Columns behavior, query, stage, example, position, token, score."""
+        columns = {"behavior": pa.string(), "query": pa.string(), "stage": pa.string(), "example": pa.string()}
+        columns |= {"position": pa.int64(), "token": pa.string(), "score": pa.float64()}
+        rows = [
+            (
+                self.behaviors[q],
+                self.queries[q],
+                str(self.examples.stages[n]),
+                str(self.examples.ids[n]),
+                i,
+                token,
+                score,
+            )
+            for (q, n), found in self.tokens.items()
+            for i, (token, score) in enumerate(zip(found.pieces, found.scores.tolist(), strict=True))
+        ]
+        return pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in rows], pa.schema(columns))
 
     def to_dict(self, k: int = 10) -> dict[str, Any]:
         """JSON-ready: both ends of every ranking."""
@@ -216,6 +245,8 @@ class Influence(Result):
         ]
         note = f"Recipe {self.recipe}, over {len(self.examples):,} training examples. "
         note += "Positive scores: training on the example increased the behavior."
+        if self.tokens:
+            note += " Tokens: green ones increased it, red ones decreased it; full color is the strongest of the example."
         return [Rankings("Training examples", rankings, note), Notes("What to keep in mind", self.caveats)]
 
     def plot(self) -> Any:
@@ -230,18 +261,19 @@ class Influence(Result):
     def __repr__(self) -> str:
         lines = []
         for query in range(min(len(self.queries), 5)):
-            rows = [self._row(query, n, int(at)) for n, at in enumerate(self._order(query, 3, largest=True))]
+            rows = [self._row(query, n, int(at)) for n, at in enumerate(self.order(query, 3, largest=True))]
             cells = [(f"{r['score']:+.3f}", r["stage"], r["example"], r["text"] or "") for r in rows]
             lines += [f"{self.behaviors[query]}: {self.queries[query]}", aligned((), cells), ""]
         hidden = len(self.queries) - 5
         lines += [f"... and {hidden} more queries"] if hidden > 0 else []
         return "\n".join([*lines, *(f"note: {caveat}" for caveat in self.caveats)])
 
-    def _order(self, query: int, k: int, *, largest: bool) -> np.ndarray:
+    def order(self, query: int, k: int, *, largest: bool) -> np.ndarray:
+        """Columns of the k examples at one end of a query's ranking, the outermost first."""
         return rank(self.scores[query], self.examples.ids.astype(str), k, largest=largest)
 
     def _ranked(self, k: int, *, largest: bool) -> pa.Table:
-        order = [(q, self._order(q, k, largest=largest)) for q in range(len(self.queries))]
+        order = [(q, self.order(q, k, largest=largest)) for q in range(len(self.queries))]
         return pa.Table.from_pylist([self._row(q, n, int(at)) for q, found in order for n, at in enumerate(found)])
 
     def _row(self, query: int, place: int, at: int) -> dict[str, Any]:
@@ -258,10 +290,23 @@ class Influence(Result):
         }
 
     def _examples(self, query: int, largest: bool, k: int = 8) -> list[Example]:
-        rows = [self._row(query, n, int(at)) for n, at in enumerate(self._order(query, k, largest=largest))]
+        rows = [(int(at), self._row(query, n, int(at))) for n, at in enumerate(self.order(query, k, largest=largest))]
         return [
-            Example(r["score"], r["example"], r["stage"], r["step"], r["source"] or "", r["text"] or "") for r in rows
+            Example(
+                r["score"],
+                r["example"],
+                r["stage"],
+                r["step"],
+                r["source"] or "",
+                r["text"] or "",
+                self._tokens(query, at),
+            )
+            for at, r in rows
         ]
+
+    def _tokens(self, query: int, at: int) -> list[tuple[str, float]]:
+        found = self.tokens.get((query, at))
+        return [] if found is None else list(zip(found.pieces, found.scores.tolist(), strict=True))
 
 
 def _cell(mean: Effect | None) -> str:

@@ -56,6 +56,25 @@ def text_losses(model: nn.Module, items: Sequence[TextPair]) -> Tensor:
     return -logprobs.sum(1) / counts
 
 
+def token_losses(model: nn.Module, items: Sequence[TextPair]) -> Tensor:
+    """What each token has to do with :func:`text_losses`: its own loss over the number of tokens that count, [N, S]; a
+    row adds up to the item's loss. 0 for tokens that do not count, the first and padding among them."""
+    logprobs, counts = _token_logprobs(model, items)
+    return F.pad(-logprobs / counts[:, None], (1, 0))
+
+
+def pieces(tokenizer: Any, item: TextPair) -> list[str]:
+    """The text that each token adds to those before it, special tokens included. A character that takes several tokens
+    belongs to the last of them."""
+    shown, found = "", []
+    for end in range(1, len(item.tokens) + 1):
+        text = tokenizer.decode(list(item.tokens[:end]), clean_up_tokenization_spaces=False)
+        unfinished = text.endswith("\ufffd") and end < len(item.tokens)
+        found.append("" if unfinished else text[len(shown) :])
+        shown = shown if unfinished else text
+    return found
+
+
 def sampled_losses(model: nn.Module, items: Sequence[TextPair], generator: torch.Generator) -> Tensor:
     """Losses of tokens that the model itself draws at the places that count, divided by the root of their number: the
     outer product of the gradient of each is, in expectation, the curvature of the mean loss of its item. [N]."""

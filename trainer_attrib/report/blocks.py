@@ -65,7 +65,8 @@ class Curves:
 
 @dataclass(frozen=True)
 class Example:
-    """A ranked training example."""
+    """A ranked training example; ``tokens`` are the pieces of its text with their scores, if they are known,
+    ``step`` 0 is an unknown one."""
 
     score: float
     name: str
@@ -73,6 +74,7 @@ class Example:
     step: int
     source: str
     text: str
+    tokens: Sequence[tuple[str, float]] = ()
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,25 @@ def _ranking(ranking: Ranking, *, first: bool) -> str:
 
 
 def _example(example: Example) -> str:
-    facts = " · ".join(filter(None, [example.name, example.source, f"{example.stage}, step {example.step}"]))
+    place = f"{example.stage}, step {example.step}" if example.step else example.stage
+    facts = " · ".join(filter(None, [example.name, example.source, place]))
     return (
-        f'<li><b class="score">{example.score:+.3g}</b><p class="text">{escaped(example.text or "(no text)")}</p>'
+        f'<li><b class="score">{example.score:+.3g}</b><p class="text">{_text(example)}</p>'
         f'<p class="facts">{escaped(facts)}</p></li>'
+    )
+
+
+def _text(example: Example) -> str:
+    """The text, its tokens colored by their scores where these are known: the strongest of the example in full."""
+    strongest = max((abs(score) for _, score in example.tokens), default=0.0)
+    if not strongest:
+        return escaped(example.text or "(no text)")
+    return "".join(
+        f'<span class="{"up" if score > 0 else "down"}" style="--w:{abs(score) / strongest:.2f}" '
+        f'title="{score:+.3g}">{escaped(piece)}</span>'
+        if score
+        else escaped(piece)
+        for piece, score in example.tokens
     )
 
 

@@ -76,6 +76,6 @@ def _differentiable(behavior: Behavior, value: Tensor) -> Tensor:
         raise BehaviorError(
             f"Behavior '{behavior.name}' has no gradient.",
             cause="its measure detaches, rounds or samples.",
-            fix="use read_out='moved weights', for which any measure will do.",
+            fix="influence needs a differentiable measure; for stage effects, read_out='moved weights' takes any.",
         )
     return value
