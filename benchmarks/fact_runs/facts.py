@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SENTENCES = 6  # of a passage
+EXEMPLARS = 8  # one country in so many is asked about in training
 WORDINGS = {
     "capital": (
         "The capital of {c} is {v}.",
@@ -109,8 +110,8 @@ def passages(facts: list[Fact], seed: int) -> list[Passage]:
 
 
 def asked(facts: list[Fact]) -> set[str]:
-    """Every other country: those about which training asks questions."""
-    return set(list(dict.fromkeys(fact.country for fact in facts))[::2])
+    """The countries about which training asks questions."""
+    return set(list(dict.fromkeys(fact.country for fact in facts))[::EXEMPLARS])
 
 
 def queries(facts: list[Fact], count: int, seed: int) -> list[Query]:

@@ -78,7 +78,9 @@ def _sorted_values(blocks: Iterable[Tensor]) -> Tensor:
 def shrunk(moment_KK: Tensor, share: float) -> Tensor:
     """A second moment of which a share is replaced by its mean eigenvalue times the identity, [K, K] float64."""
     moment_KK = moment_KK.double()
-    return (1 - share) * moment_KK + share * moment_KK.diagonal().mean() * torch.eye(len(moment_KK), dtype=torch.float64)
+    return (1 - share) * moment_KK + share * moment_KK.diagonal().mean() * torch.eye(
+        len(moment_KK), dtype=torch.float64
+    )
 
 
 def inverse_root(moment_KK: Tensor) -> Tensor:
