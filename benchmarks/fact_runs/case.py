@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +63,7 @@ class Trained:
 
 def country_facts(seed: int, quick: bool) -> Case:
     """Facts about countries in passages that state several of them."""
-    known = facts.facts_of_countries(30 if quick else 240, seed)
+    known = facts.facts_of_countries(20 if quick else 240, seed)
     passages = facts.passages(known, seed)
     queries = facts.queries(known, 20 if quick else 100, seed)
     return Case(
@@ -74,7 +73,7 @@ def country_facts(seed: int, quick: bool) -> Case:
         answers=[query.completion for query in queries],
         relevant=np.array([[query.fact in passage.facts for passage in passages] for query in queries]),
         keywords=[f"{query.fact.country} {query.fact.value}" for query in queries],
-        size=Size(width=96, layers=3, context=128, epochs=16 if quick else 24, batch=16, rate=3e-3, rank=16),
+        size=Size(width=96, layers=3, context=128, epochs=12 if quick else 24, batch=16, rate=3e-3, rank=16),
     )
 
 
@@ -123,6 +122,12 @@ def trained(case: Case, seed: int, folder: Path) -> Trained:
     return Trained(case, models[-1], ledgers, behavior, examples)
 
 
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder for recordings."""
-    return tempfile.TemporaryDirectory(prefix="fact-tracing-")
+@dataclass(frozen=True)
+class Maker:
+    """How a case is made, and for how many seeds at most."""
+
+    make: Callable[[int, bool], Case]
+    seeds: int = 100
+
+
+CASES = {"country facts": Maker(country_facts), "BoolQ": Maker(natural_questions)}

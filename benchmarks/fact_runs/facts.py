@@ -2,9 +2,9 @@
 
 A passage is several sentences about several countries, as text is: it states the fact that is asked for among others. A
 fact is one value of a relation (capital, currency, ...) of a country and is stated in three passages, in three
-wordings. About half of the countries there are also questions with answers, from which the model learns what a question
-is; facts about the other half are asked for, in the same words. So there are three kinds of distractors: passages about
-the same country, about the same relation, and in the words of the question. Country data come from ``countryinfo``.
+wordings. About one country in four there are also questions with answers, from which the model learns what a question
+is; facts about other countries are asked for, in the same words. So there are three kinds of distractors: passages
+about the same country, about the same relation, and in the words of the question. Country data come from ``countryinfo``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SENTENCES = 6  # of a passage
-EXEMPLARS = 8  # one country in so many is asked about in training
+EXEMPLARS = 4  # one country in so many is asked about in training
 WORDINGS = {
     "capital": (
         "The capital of {c} is {v}.",

@@ -62,8 +62,6 @@ def said(beside: Sequence[Beside]) -> str:
     if not beside:
         return ""
     k = beside[0].top.shape[1]
-    parts = [
-        f"{b.name} {b.mean:.1f}" + ("" if np.isnan(b.standard_error) or not b.standard_error else f" ± {b.standard_error:.1f}")
-        for b in beside
-    ]  # fmt: skip
+    bars = [f" ± {b.standard_error:.1f}" if b.standard_error > 0 else "" for b in beside]
+    parts = [f"{b.name} {b.mean:.1f}{bar}" for b, bar in zip(beside, bars, strict=True)]
     return f"of the top {k}, so many are also in the top {k} of: {', '.join(parts)}"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class SecondMoments:
-    """Running sums of r r^T over rows r, one block of columns at a time, in float64; and of |r|^4, which tells how well
-    their means are known.
+    """Running sums of r r^T over rows r, one block of columns at a time, in float64; and of r and |r|^4, which tell
+    what rows share and how well the means are known.
 
     Args:
         spans: the columns of each block; blocks are taken to be uncorrelated (Chang et al. 2024, "TrackStar", A.1.2).
@@ -19,6 +19,7 @@ class SecondMoments:
     def __init__(self, spans: Sequence[slice]) -> None:
         self.spans, self.rows = list(spans), 0
         self.sums = [torch.zeros(s.stop - s.start, s.stop - s.start, dtype=torch.float64) for s in spans]
+        self._totals = [torch.zeros(s.stop - s.start, dtype=torch.float64) for s in spans]
         self._fourth = torch.zeros(len(self.spans), dtype=torch.float64)
 
     def add(self, rows_NK: Tensor) -> None:
@@ -27,11 +28,23 @@ class SecondMoments:
         for number, (total_KK, span) in enumerate(zip(self.sums, self.spans, strict=True)):
             block_NK = rows_NK[:, span].float()
             total_KK += (block_NK.T @ block_NK).double()
+            self._totals[number] += block_NK.double().sum(0)
             self._fourth[number] += block_NK.double().square().sum(1).square().sum()
 
     def means(self) -> list[Tensor]:
         """Mean outer product of each block, [K, K] float64."""
         return [total_KK / max(1, self.rows) for total_KK in self.sums]
+
+    def shared(self) -> list[Tensor]:
+        """What different rows have in common: mean of r_i r_j^T over all pairs of different rows, its negative part,
+        which is noise, left out, [K, K]. A row's product with itself is not among them: what is its own stays out, so
+        that a few rows tell as much about it as many, but for noise. Zero of a single row."""
+        pairs = max(1, self.rows * (self.rows - 1))
+        found = []
+        for total_K, total_KK in zip(self._totals, self.sums, strict=True):
+            values_K, vectors_KK = torch.linalg.eigh((torch.outer(total_K, total_K) - total_KK) / pairs)
+            found.append((vectors_KK * values_K.clamp_min(0)) @ vectors_KK.T)
+        return found if self.rows > 1 else [torch.zeros_like(total_KK) for total_KK in self.sums]
 
     def noise(self) -> list[float]:
         """Which share of each mean's departure from a multiple of the identity is noise, from 0 (known exactly) to 1
@@ -55,8 +68,7 @@ def _noise(moment_KK: Tensor, fourth: float, rows: int) -> float:
 def mixing_weight(task: Iterable[Tensor], train: Iterable[Tensor], place: int) -> float:
     """Weight of the task's second moments in their mix with the training set's, so that the two sorted spectra cross at
     a place: task[k] * weight = train[k] * (1 - weight) (Chang et al. 2024, "TrackStar", A.1.3, which takes k of about
-    1/64 of the components). What is common to the task's queries, the template above all, then counts for less,
-    and only there.
+    1/64 of the components).
 
     Args:
         task: second moments of the task's queries, blocks [K, K].

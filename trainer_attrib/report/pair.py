@@ -1,7 +1,7 @@
 """JSON lines for the viewer of PAIR's pretraining-tda: plain data -> file.
 
-Its README lists the fields (Chang et al. 2024, "TrackStar"; github.com/PAIR-code/pretraining-tda). The viewer runs in the
-browser, reads the file from disk and sends nothing.
+Its README lists the fields (Chang et al. 2024, "TrackStar"; github.com/PAIR-code/pretraining-tda). The viewer runs in
+the browser, reads the file from disk and sends nothing.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ CROSSING = 64  # the spectra of task and training rows are made to cross at one 
 class TrackStar:
     """Cosine of R^(-1/2) g over rows and queries; mean over the example's visits, in [-1, 1].
 
-    R mixes the second moments of the training rows with those of the queries, layer by layer: directions that the
-    queries share, such as those of their common template, count for less. Both are shrunk by how much of them is
-    noise: a few queries tell little about what queries have in common, and then hardly count.
+    R mixes the second moments of the training rows with what queries have in common, layer by layer: directions such as
+    those of the queries' template count for less. Unlike the paper, which has thousands of queries, the part of the
+    queries is the mean over pairs of different ones. In their plain second moments a few queries mostly find
+    themselves, and whitening by these hides what is asked for (docs/influence.md).
 
     Args:
         train: whether training rows are part of R.
@@ -73,16 +74,14 @@ class TrackStar:
         """R of every block, [K, K], up to a factor that all of them share."""
         if not self.train and not self.task:
             return [torch.eye(s.stop - s.start) for s in train.spans]
-        if not self.train or not self.task:
-            moments = train if self.train else task
-            return [shrunk(m, noise) for m, noise in zip(moments.means(), moments.noise(), strict=True)]
-        asked, trained = _of_trace_1(task.means()), _of_trace_1(train.means())
-        spanned = min(task.rows * len(task.spans), sum(map(len, trained)))
-        weight = _crossing(asked, trained, spanned) if self.mixing is None else self.mixing
-        # What shrinking the queries' moments would put in place of their noise is the same in all directions: it tells
-        # nothing about what queries share, and would only dampen the training rows' part.
-        parts = zip(asked, task.noise(), trained, train.noise(), strict=True)
-        return [weight * (1 - a) * asked_KK + (1 - weight) * shrunk(t_KK, t) for asked_KK, a, t_KK, t in parts]
+        trained = [shrunk(m, noise) for m, noise in zip(train.means(), train.noise(), strict=True)]
+        if not self.task:
+            return trained
+        if not self.train:
+            return [shrunk(m, noise) for m, noise in zip(task.means(), task.noise(), strict=True)]
+        asked, trained = _of_trace_1(task.shared()), _of_trace_1(trained)
+        weight = _crossing(asked, trained) if self.mixing is None else self.mixing
+        return [weight * a_KK + (1 - weight) * t_KK for a_KK, t_KK in zip(asked, trained, strict=True)]
 
 
 def _training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMoments, int]:
@@ -94,9 +93,10 @@ def _training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondM
     return moments, last
 
 
-def _crossing(task: list[Tensor], train: list[Tensor], spanned: int) -> float:
-    """As in the paper at one component in 64; with few queries at half of what they span."""
-    return mixing_weight(task, train, min(sum(map(len, train)) // CROSSING, spanned // 2))
+def _crossing(shared: list[Tensor], train: list[Tensor]) -> float:
+    """As in the paper at one component in 64, or, since what queries share spans hardly more than a direction of each
+    layer, in the middle of these."""
+    return mixing_weight(shared, train, min(sum(map(len, train)) // CROSSING, len(shared) // 2))
 
 
 def _of_trace_1(moments: list[Tensor]) -> list[Tensor]:
