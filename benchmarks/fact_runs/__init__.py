@@ -1,0 +1,1 @@
+"""Data, model and rankings of the fact tracing benchmark."""

@@ -1,0 +1,133 @@
+"""What is traced: training texts, questions, and which texts are relevant to which question."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from offline_data import boolq
+from transformers import GPT2LMHeadModel
+
+from fact_runs import facts
+from fact_runs.training import Size, initial_model, tokenizer_of, train
+from trainer_attrib import Behavior
+from trainer_attrib.analysis.examples import Examples
+from trainer_attrib.errors import TrainerAttribError
+
+CORRECTIONS = ("none", "factored")
+PASSAGE = 64  # words
+
+
+@dataclass(frozen=True)
+class Case:
+    """Texts, questions and the truth.
+
+    Args:
+        name: of the data.
+        texts: by id, N.
+        prompts: of the questions, Q.
+        answers: what follows each prompt; its log-probability is the behavior.
+        relevant: bool [Q, N].
+        keywords: of each question, what a reader who knew which words matter would search for; none where nobody does.
+        size: of the model and its training.
+        vocabulary: words that the tokenizer knows; None: all.
+    """
+
+    name: str
+    texts: dict[str, str]
+    prompts: Sequence[str]
+    answers: Sequence[str]
+    relevant: np.ndarray
+    keywords: Sequence[str]
+    size: Size
+    vocabulary: int | None = None
+
+
+QUESTION = " Question:"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A case's model, and its recordings by correction."""
+
+    case: Case
+    model: GPT2LMHeadModel
+    ledgers: dict[str, Path]
+    behavior: Behavior
+    examples: Examples
+
+
+def country_facts(seed: int, quick: bool) -> Case:
+    """Facts about countries in passages that state several of them."""
+    known = facts.facts_of_countries(20 if quick else 240, seed)
+    passages = facts.passages(known, seed)
+    queries = facts.queries(known, 20 if quick else 100, seed)
+    return Case(
+        name="country facts",
+        texts={passage.id: passage.text for passage in passages},
+        prompts=[query.prompt for query in queries],
+        answers=[query.completion for query in queries],
+        relevant=np.array([[query.fact in passage.facts for passage in passages] for query in queries]),
+        keywords=[f"{query.fact.country} {query.fact.value}" for query in queries],
+        size=Size(width=96, layers=3, context=128, epochs=12 if quick else 24, batch=16, rate=3e-3, rank=16),
+    )
+
+
+def natural_questions(seed: int, quick: bool) -> Case:
+    """BoolQ: people's questions, to which the one Wikipedia passage that each was asked about is relevant.
+
+    Passages of the first kind carry their question, from which the model learns what a question is; questions about the
+    others are asked. Their words are people's own, not the passage's.
+    """
+    rows = random.Random(seed).sample(boolq(), 60 if quick else 400)
+    texts, asked = {}, []
+    for number, (title, passage, question) in enumerate(rows):
+        words = f"{title}: {passage}".split()[:PASSAGE]
+        texts[f"boolq-{number:03}"] = " ".join(words) + (f"{QUESTION} {question}?" if number % 2 else "")
+        asked += [] if number % 2 else [(number, f" {question}?")]
+    asked = asked[: 20 if quick else 100]
+    return Case(
+        name="BoolQ",
+        texts=texts,
+        prompts=[QUESTION] * len(asked),
+        answers=[question for _, question in asked],
+        relevant=np.array([[number == at for at in range(len(rows))] for number, _ in asked]),
+        keywords=(),
+        size=Size(width=96, layers=3, context=128, epochs=8 if quick else 40, batch=16, rate=3e-3, rank=16),
+        vocabulary=4000,
+    )
+
+
+def trained(case: Case, seed: int, folder: Path) -> Trained:
+    """Train the same model twice, as rows are either corrected or not.
+
+    Raises:
+        TrainerAttribError: the two models differ, so that recording is not what it promises to be.
+    """
+    said = [p + a for p, a in zip(case.prompts, case.answers, strict=True)]
+    tokenizer = tokenizer_of([*case.texts.values(), *said], case.size.context, case.vocabulary)
+    rows = [{"id": name, "text": text} for name, text in case.texts.items()]
+    models, ledgers = [], {}
+    for correction in CORRECTIONS:
+        models.append(initial_model(tokenizer, case.size, seed))
+        ledgers[correction] = train(models[-1], tokenizer, rows, folder, case.size, seed, correction)
+    if any(not torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True)):
+        raise TrainerAttribError("The same training recorded in two ways gave two models.")
+    behavior = Behavior.completion("answers", case.prompts, case.answers, tokenizer)
+    examples = Examples.of_texts(list(case.texts.values()), tokenizer, ids=list(case.texts))
+    return Trained(case, models[-1], ledgers, behavior, examples)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """How a case is made, and for how many seeds at most."""
+
+    make: Callable[[int, bool], Case]
+    seeds: int = 100
+
+
+CASES = {"country facts": Maker(country_facts), "BoolQ": Maker(natural_questions)}
