@@ -90,7 +90,7 @@ def _training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondM
 
 
 def _scaled(stage: StreamedStage) -> Iterator[Rows]:
-    for _, _, rows in stage.stream("curvature of"):
+    for _, rows in stage.stream("curvature of"):
         yield rows
 
 
