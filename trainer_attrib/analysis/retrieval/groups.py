@@ -27,12 +27,15 @@ class Sums:
         if not len(at_N):
             return
         order = np.argsort(at_N, kind="stable")
-        used, starts = np.unique(at_N[order], return_index=True)
-        sorted_QN = scores_QN[:, order].astype(np.float64)
-        known_QN = ~np.isnan(sorted_QN)
+        used, starts, sizes = np.unique(at_N[order], return_index=True, return_counts=True)
+        sorted_QN = scores_QN[:, order]
         self._grow(len(scores_QN))
-        self.sums[:, places[used]] += np.add.reduceat(np.where(known_QN, sorted_QN, 0.0), starts, axis=1)
-        self.counts[:, places[used]] += np.add.reduceat(known_QN.astype(np.int64), starts, axis=1)
+        unknown_QN = np.isnan(sorted_QN)
+        if unknown_QN.any():
+            sorted_QN = np.where(unknown_QN, 0.0, sorted_QN)
+            sizes = sizes - np.add.reduceat(unknown_QN.astype(np.int64), starts, axis=1)
+        self.sums[:, places[used]] += np.add.reduceat(sorted_QN, starts, axis=1, dtype=np.float64)
+        self.counts[:, places[used]] += sizes
 
     def _grow(self, queries: int) -> None:
         old = self.sums.shape[1]
