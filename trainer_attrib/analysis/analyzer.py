@@ -28,6 +28,7 @@ from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import Influence, Result, StageEffects
 from trainer_attrib.analysis.retraining import Closure, closure
+from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.analysis.split import Split, split
 from trainer_attrib.analysis.stage_view import ledger_blocks
 from trainer_attrib.analysis.timeline import Timeline
@@ -173,6 +174,8 @@ class Analyzer:
         carry: Propagate | None = None,
         programs: Mapping[str, Program] | None = None,
         controls: Sequence[str] = CONTROLS,
+        where: Where | None = None,
+        keep: int | None = None,
     ) -> Influence:
         """Scores of training examples for every query.
 
@@ -188,10 +191,14 @@ class Analyzer:
             programs: for ``carry``, of the stages after the first scored one; for recipes that run stages again, of
                 these.
             controls: rankings shown beside the scores: ``"bm25"``, ``"grad_cos"`` (one more look at the rows),
-                ``"random"``. What cannot be had, such as a lexical search without the extra ``search``, is said.
+                ``"random"``. What cannot be had, such as a lexical search without the extra ``search``, is said. None with ``keep``.
+            where: conditions that recorded rows must meet, by source, step or id; others are not read.
+            keep: hold the scores of so many examples at either end of each ranking only, for ledgers whose scores do
+                not fit into memory. They are the same as without it.
 
         Raises:
-            ConfigurationError: an unknown recipe, or a stage that is not in the model's lineage.
+            ConfigurationError: an unknown recipe, ``keep`` below 1, ``where`` for a recipe that reads no rows, or a
+                stage that is not in the model's lineage.
             NotComparableError: a stage none of whose sketched weights the model has (its adapter was merged since).
         """
         chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
@@ -201,9 +208,11 @@ class Analyzer:
                 f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
                 fix="choose among those.",
             )
+        if keep is not None and keep < 1:
+            raise ConfigurationError(f"keep={keep}, at least 1 example has to be kept.", fix="correct this argument.")
         view = self._view(behaviors, programs)
         carried = None if carry is None else CarriedQueries(view, behaviors, chosen, carry)
-        return influences.influence(Question(view, chosen, data or {}, carried), recipe, controls)
+        return influences.influence(Question(view, chosen, data or {}, carried, where, keep), recipe, controls)
 
     def check(
         self, influence: Influence, behaviors: Sequence[Behavior], data: Mapping[str, Examples], k: int = 10

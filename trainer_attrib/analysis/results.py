@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from trainer_attrib.analysis.beside import Beside, said
+from trainer_attrib.analysis.retrieval.groups import StageSums, group_grids, source_rows, step_rows
 from trainer_attrib.analysis.tables import aligned, require_matplotlib, shortened
+from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.numerics.scores import rank
 from trainer_attrib.report.blocks import Bar, Bars, Block, Example, Grid, Notes, Ranking, Rankings
 from trainer_attrib.report.page import fragment, write_page
@@ -191,9 +193,11 @@ class TokenScores:
 class Influence(Result):
     """Scores of training examples for queries; positive means that training on the example increased the behavior.
 
-    ``scores`` is float32 [Q, N]; ``behaviors`` and ``queries`` name its rows, ``examples`` its columns. ``beside`` is
-    what controls rank first for the same queries: a lexical search, plain gradient cosines, chance. ``tokens`` has
-    scores of the tokens of some examples by row and column (``analyzer.token_scores``).
+    ``scores`` is float32 [Q, N]; ``behaviors`` and ``queries`` name its rows, ``examples`` its columns. Where only
+    ``keep`` examples at either end are known, it is [Q, M], NaN where there are fewer, and ``places`` [Q, M] tells of
+    which example each is. ``beside`` is what controls rank first for the same queries: a lexical search, plain gradient
+    cosines, chance. ``tokens`` has scores of the tokens of some examples by query and example
+    (``analyzer.token_scores``).
     """
 
     behaviors: tuple[str, ...]
@@ -204,18 +208,45 @@ class Influence(Result):
     caveats: tuple[str, ...] = ()
     beside: tuple[Beside, ...] = ()
     tokens: Mapping[tuple[int, int], TokenScores] = field(default_factory=dict)
+    places: np.ndarray | None = None
+    keep: int | None = None
+    sums: tuple[StageSums, ...] = ()
 
     def top(self, k: int = 10) -> pa.Table:
-        """The k examples that increased each behavior most, best first."""
-        return self._ranked(k, largest=True)
+        """The k examples that increased each behavior most, best first.
+
+        Raises:
+            ConfigurationError: fewer were kept.
+        """
+        return self._ranked(self._known(k), largest=True)
 
     def bottom(self, k: int = 10) -> pa.Table:
-        """The k examples that decreased each behavior most, strongest first."""
-        return self._ranked(k, largest=False)
+        """The k examples that decreased each behavior most, strongest first.
+
+        Raises:
+            ConfigurationError: fewer were kept.
+        """
+        return self._ranked(self._known(k), largest=False)
 
     def to_table(self) -> pa.Table:
-        """Every score. Columns behavior, query, stage, example, rank, score, step, source, text."""
-        return self.top(len(self.examples))
+        """Every score that is known. Columns behavior, query, stage, example, rank, score, step, source, text."""
+        return self._ranked(self.scores.shape[1], largest=True)
+
+    def by_source(self) -> pa.Table:
+        """Sums over all rows of each data source. Columns behavior, query, stage, source, sum, mean, count.
+
+        An example counts once for every visit of it that was recorded; of recipes that score no single visits, once.
+        """
+        return self._grouped(lambda query: source_rows(self.sums, query))
+
+    def by_steps(self, bins: int | Sequence[int] = 10) -> pa.Table:
+        """Sums over all rows of ranges of optimizer steps. Columns behavior, query, stage, first_step, last_step, sum,
+        mean, count.
+
+        Args:
+            bins: so many ranges of equal length in each stage, or the first step of each range.
+        """
+        return self._grouped(lambda query: step_rows(self.sums, query, bins))
 
     def token_table(self) -> pa.Table:
         """Scores of tokens. Columns behavior, query, stage, example, position, token, score."""
@@ -275,14 +306,14 @@ class Influence(Result):
             Ranking(f"{self.behaviors[q]}: {self.queries[q]}", *(self._examples(q, end) for end in (True, False)))
             for q in range(len(self.queries))
         ]
-        note = f"Recipe {self.recipe}, over {len(self.examples):,} training examples. "
+        kept = "" if self.keep is None else f" at the ends of the rankings, {self.keep:,} at each"
+        note = f"Recipe {self.recipe}, over {len(self.examples):,} training examples{kept}. "
         note += "Positive scores: training on the example increased the behavior."
         if self.tokens:
-            note += (
-                " Tokens: green increased it, red decreased it, in full color the strongest of the example."
-            )
+            note += " Tokens: green increased it, red decreased it, in full color the strongest of the example."
         lists = Rankings("Training examples", rankings, note)
-        return [lists, *self._controls(), Notes("What to keep in mind", self.caveats)]
+        groups = group_grids(self.sums, self.behaviors)
+        return [lists, *self._controls(), *groups, Notes("What to keep in mind", self.caveats)]
 
     def _controls(self, queries: int = 5) -> list[Block]:
         """How many of the best examples other rankings share, and what they put first for a few queries."""
@@ -310,7 +341,7 @@ class Influence(Result):
         """A matplotlib figure with the sorted scores of every query. Needs the extra ``plot``."""
         figure, axis = require_matplotlib().subplots(figsize=(7, 3), layout="tight")
         for scores in self.scores[:10]:
-            axis.plot(np.sort(scores)[::-1], linewidth=1)
+            axis.plot(np.sort(scores[~np.isnan(scores)])[::-1], linewidth=1)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel="rank", ylabel=self.recipe, title="Scores of all examples, one line per query")
         return figure
@@ -327,28 +358,53 @@ class Influence(Result):
         return "\n".join([*lines, *(f"note: {caveat}" for caveat in self.caveats)])
 
     def order(self, query: int, k: int, *, largest: bool) -> np.ndarray:
-        """Columns of the k examples at one end of a query's ranking, the outermost first."""
-        return rank(self.scores[query], self.examples.ids.astype(str), k, largest=largest)
+        """Numbers of the k examples at one end of a query's ranking, the outermost first."""
+        found = self._order(query, k, largest=largest)
+        return found if self.places is None else self.places[query][found]
+
+    def _known(self, k: int) -> int:
+        if self.keep is not None and k > self.keep:
+            raise ConfigurationError(
+                f"{k} examples were asked for, {self.keep} of either end were kept.",
+                fix=f"analyzer.influence(..., keep={k}).",
+            )
+        return k
+
+    def _grouped(self, rows_of: Callable[[int], list[dict[str, Any]]]) -> pa.Table:
+        named = enumerate(zip(self.behaviors, self.queries, strict=True))
+        return pa.Table.from_pylist(
+            [
+                {"behavior": behavior, "query": text, **row}
+                for query, (behavior, text) in named
+                for row in rows_of(query)
+            ]
+        )
+
+    def _order(self, query: int, k: int, *, largest: bool) -> np.ndarray:
+        """Places in a row of the scores."""
+        ids = self.examples.ids if self.places is None else self.examples.ids[self.places[query]]
+        return rank(self.scores[query], ids.astype(str), k, largest=largest)
 
     def _ranked(self, k: int, *, largest: bool) -> pa.Table:
-        order = [(q, self.order(q, k, largest=largest)) for q in range(len(self.queries))]
+        order = [(q, self._order(q, k, largest=largest)) for q in range(len(self.queries))]
         return pa.Table.from_pylist([self._row(q, n, int(at)) for q, found in order for n, at in enumerate(found)])
 
     def _row(self, query: int, place: int, at: int) -> dict[str, Any]:
+        example = at if self.places is None else int(self.places[query, at])
         return {
             "behavior": self.behaviors[query],
             "query": self.queries[query],
-            "stage": str(self.examples.stages[at]),
-            "example": str(self.examples.ids[at]),
+            "stage": str(self.examples.stages[example]),
+            "example": str(self.examples.ids[example]),
             "rank": place + 1,
             "score": float(self.scores[query, at]),
-            "step": int(self.examples.steps[at]),
-            "source": self.examples.sources[at],
-            "text": self.examples.texts[at],
+            "step": int(self.examples.steps[example]),
+            "source": self.examples.sources[example],
+            "text": self.examples.texts[example],
         }
 
     def _examples(self, query: int, largest: bool, k: int = 8) -> list[Example]:
-        rows = [(int(at), self._row(query, n, int(at))) for n, at in enumerate(self.order(query, k, largest=largest))]
+        rows = [(int(at), self._row(query, n, int(at))) for n, at in enumerate(self._order(query, k, largest=largest))]
         return [
             Example(
                 r["score"],
@@ -363,7 +419,7 @@ class Influence(Result):
         ]
 
     def _tokens(self, query: int, at: int) -> list[tuple[str, float]]:
-        found = self.tokens.get((query, at))
+        found = self.tokens.get((query, at if self.places is None else int(self.places[query, at])))
         return [] if found is None else list(zip(found.pieces, found.scores.tolist(), strict=True))
 
 

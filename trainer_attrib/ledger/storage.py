@@ -79,11 +79,14 @@ class Storage:
         return data
 
     def array(self, name: str, dtype: str, width: int) -> np.ndarray:
-        """Raw rows as [N, width], memory-mapped where the file is local."""
+        """Raw rows as [N, width], memory-mapped where the file is local.
+
+        The map is private: torch wants arrays that can be written to, and what is written never reaches the file.
+        """
         if self.local:
-            flat = np.memmap(self.path(name), dtype=dtype, mode="r") if self.size(name) else np.empty(0, dtype)
+            flat = np.memmap(self.path(name), dtype=dtype, mode="c") if self.size(name) else np.empty(0, dtype)
         else:
-            flat = np.frombuffer(self.read(name), dtype)
+            flat = np.frombuffer(bytearray(self.read(name)), dtype)
         return flat.reshape(-1, width)
 
     def create_folder(self, name: str) -> bool:

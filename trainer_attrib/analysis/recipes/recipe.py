@@ -14,6 +14,8 @@ from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.query_sketches import Sketcher, sketch_queries
 from trainer_attrib.analysis.results import InfluenceExamples
+from trainer_attrib.analysis.retrieval.groups import StageSums
+from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.errors import MissingDataError
 from trainer_attrib.ledger.reader import StageReader
 
@@ -27,12 +29,16 @@ class Question:
         stages: whose examples are to be scored.
         data: examples given by name of the stage that was trained on them, for recipes that need their losses.
         carried: sketches queries that were carried back through later stages; None: gradients at the final weights.
+        where: conditions that recorded rows must meet; an example is scored by those of its rows that do.
+        keep: hold the scores of so many examples at either end of each stage's ranking only; None: of all.
     """
 
     lineage: Lineage
     stages: Sequence[StageReader]
     data: Mapping[str, Examples]
     carried: Sketcher | None = None
+    where: Where | None = None
+    keep: int | None = None
 
     @property
     def behaviors(self) -> Sequence[Behavior]:
@@ -69,11 +75,17 @@ class Question:
 
 @dataclass(frozen=True)
 class StageScores:
-    """Scores of one stage's examples, float32 [Q, N]; ``caveats`` of this stage."""
+    """Scores of one stage's examples, float32 [Q, N]; ``caveats`` of this stage.
+
+    Where only both ends were kept, ``places`` [Q, M] tells which example each of the [Q, M] scores is of. ``sums`` over
+    groups of rows; None: they are made of the examples' scores.
+    """
 
     examples: InfluenceExamples
     scores: np.ndarray
     caveats: tuple[str, ...] = ()
+    places: np.ndarray | None = None
+    sums: StageSums | None = None
 
 
 def described(stage: StageReader, examples: Examples) -> InfluenceExamples:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -14,8 +16,14 @@ from tqdm.auto import tqdm
 from trainer_attrib.analysis.query_sketches import kept_columns, missing_weights
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.results import InfluenceExamples
+from trainer_attrib.analysis.retrieval.ends import Ends, Plan, together
+from trainer_attrib.analysis.retrieval.groups import StageSums
+from trainer_attrib.analysis.retrieval.visits import AllScores, Found
+from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.ledger.reader import RowBlock, StageReader
 from trainer_attrib.numerics.sketching import unit_rows
+
+CHUNK_BYTES = 4 << 20  # of float32 rows at a time: what a cache holds is multiplied before it leaves it
 
 
 @dataclass(frozen=True)
@@ -82,37 +90,83 @@ class StreamedStage:
     left_out: dict[str, int] = field(default_factory=dict)
     raw: int = 0  # rows that are streamed although they are in a scaling of their own
 
-    def stream(self, title: str) -> Iterator[tuple[RowBlock, np.ndarray, Rows]]:
-        """Blocks with the positions in them of rows of one version, and these rows."""
+    def stream(self, title: str, where: Where | None = None) -> Iterator[tuple[pa.Table, Rows]]:
+        """Rows of one version, a few at a time, with their table."""
+        for part in self.parts(title, where):
+            at = 0
+            for rows in part.rows():
+                yield part.table.slice(at, len(rows.norms)), rows
+                at += len(rows.norms)
+
+    def parts(self, title: str, where: Where | None = None) -> Iterator[Part]:
+        """The rows of one version in each part of the ledger, none of which is read yet."""
         self.left_out, self.raw = {}, 0
         rates, corrected = _rates(self.reader), bool(self.reader.meta["versions"])
+        passes = None if where is None else where.of_stage(self.sources)
         blocks = self.reader.rows()
         total = len(self.reader.parts())
         for block in tqdm(blocks, desc=f"{title} {self.reader.name}", total=total, leave=False, disable=None):
             versions, complete = block.table["version"].to_numpy(), block.table["complete"].to_numpy()
-            self._skip("some layers did not fire", int((~complete).sum()))
-            for version in np.unique(versions):
-                at = np.flatnonzero((versions == version) & complete)
+            wanted = np.ones(len(versions), bool) if passes is None else passes(block.table)
+            self._skip("some layers did not fire", int((wanted & ~complete).sum()))
+            for version in np.unique(versions[wanted]):
+                at = np.flatnonzero((versions == version) & complete & wanted)
                 raw = corrected and version == 0
                 if raw and not self.scale_free:
                     self._skip("raw rows from before the first second-moment version", len(at))
                 elif len(at):
                     self.raw += raw * len(at)
-                    yield block, at, self._rows(block, at, int(version), rates)
+                    yield Part(block, at, int(version), rates, self.keep)
 
-    def _rows(self, block: RowBlock, at: np.ndarray, version: int, rates: np.ndarray) -> Rows:
-        table = block.table.take(at)
-        unit_NK = torch.from_numpy(np.array(block.sketches[at], dtype=np.float32))
-        norms_N = torch.from_numpy(np.array(table["norm"].to_numpy(), dtype=np.float32))
-        if not self.keep.all():
-            unit_NK, kept_N = unit_rows(unit_NK * self.keep)
-            norms_N = norms_N * kept_N
-        reach_N = rates[table["step"].to_numpy()] / table["denominator"].to_numpy()
-        return Rows(unit_NK, norms_N, torch.from_numpy(np.array(reach_N, np.float32)), version)
+    @cached_property
+    def described(self) -> pa.Table:
+        """Source and text of the examples."""
+        return self.reader.examples()
+
+    def sources(self) -> dict[str, str | None]:
+        """The data source of every example."""
+        told = self.described
+        return dict(zip(told["example"].to_pylist(), told["source"].to_pylist(), strict=True))
 
     def _skip(self, reason: str, rows: int) -> None:
         if rows:
             self.left_out[reason] = self.left_out.get(reason, 0) + rows
+
+
+class Part:
+    """Rows of one part of the ledger that have the same second-moment version.
+
+    Args:
+        block: that they are in.
+        at: where in it.
+        version: of the second moments.
+        rates: learning rates by step number.
+        keep: 1 for the columns that are compared, [K].
+    """
+
+    def __init__(self, block: RowBlock, at: np.ndarray, version: int, rates: np.ndarray, keep: Tensor) -> None:
+        whole = len(at) == block.table.num_rows
+        self.table = block.table if whole else block.table.take(at)
+        self._sketches, self._at = block.sketches, None if whole else at
+        self._version, self._keep = version, None if keep.all() else keep
+        self._norms_N = torch.from_numpy(np.array(self.table["norm"].to_numpy(), dtype=np.float32))
+        reach_N = rates[self.table["step"].to_numpy()] / self.table["denominator"].to_numpy()
+        self._reach_N = torch.from_numpy(np.array(reach_N, np.float32))
+
+    def rows(self) -> Iterator[Rows]:
+        """Read the sketches, a few megabytes at a time: a whole part as float32 would go through memory twice.
+
+        torch converts float16 with the processor's instructions for it, numpy value by value: 17 times slower.
+        """
+        step = max(64, CHUNK_BYTES // (4 * max(1, self._sketches.shape[1])))
+        for first in range(0, len(self._norms_N), step):
+            span = slice(first, first + step)
+            chunk = self._sketches[span if self._at is None else self._at[span]]
+            unit_NK, norms_N = torch.from_numpy(chunk).float(), self._norms_N[span]
+            if self._keep is not None:
+                unit_NK, kept_N = unit_rows(unit_NK * self._keep)
+                norms_N = norms_N * kept_N
+            yield Rows(unit_NK, norms_N, self._reach_N[span], self._version)
 
 
 def _rates(stage: StageReader) -> np.ndarray:
@@ -128,34 +182,8 @@ def _rates(stage: StageReader) -> np.ndarray:
     return rates
 
 
-@dataclass
-class _Totals:
-    """Sums over the visits of each example while rows stream by."""
-
-    queries: int
-    index: dict[str, int] = field(default_factory=dict)
-    scores: np.ndarray = field(init=False)
-    visits: np.ndarray = field(init=False)
-    last_step: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scores = np.zeros((self.queries, 0))
-        self.visits, self.last_step = np.zeros(0), np.zeros(0, np.int64)
-
-    def add(self, ids: list[str], steps: np.ndarray, scores_QN: np.ndarray) -> None:
-        at = np.array([self.index.setdefault(i, len(self.index)) for i in ids])
-        grow = len(self.index) - len(self.visits)
-        self.scores = np.pad(self.scores, ((0, 0), (0, grow)))
-        self.visits, self.last_step = np.pad(self.visits, (0, grow)), np.pad(self.last_step, (0, grow))
-        for query in range(self.queries):
-            np.add.at(self.scores[query], at, scores_QN[query])
-        np.add.at(self.visits, at, 1)
-        np.maximum.at(self.last_step, at, steps)
-
-
 def _score_stage(recipe: RowRecipe, question: Question, reader: StageReader) -> StageScores:
-    model = question.lineage.model
-    stage, totals = StreamedStage(reader, kept_columns(model, reader), recipe.scale_free), _Totals(question.queries)
+    stage = StreamedStage(reader, kept_columns(question.lineage.model, reader), recipe.scale_free)
     sketched: dict[int, Tensor] = {}
 
     def sketch(version: int) -> Tensor:
@@ -163,25 +191,51 @@ def _score_stage(recipe: RowRecipe, question: Question, reader: StageReader) -> 
             sketched[version] = question.sketches(reader, version)
         return sketched[version]
 
-    score = recipe.prepare(stage, sketch)
-    for block, at, rows in stage.stream("scoring"):
-        table = block.table.take(at)
-        scores_QN = score(rows).double().numpy()
-        totals.add(table["example"].to_pylist(), table["step"].to_numpy(), scores_QN)
-    shares = 1.0 if recipe.sums_visits else np.maximum(totals.visits, 1)
-    found = (totals.scores / shares).astype(np.float32)
-    return StageScores(_examples_of(reader, totals), found, (*_streamed(stage), *_caveats(question, reader)))
+    sums = StageSums(reader.name)
+    found = _collect(recipe, question, stage, recipe.prepare(stage, sketch), sums)
+    caveats = (*_streamed(stage), *_caveats(question, reader))
+    return StageScores(_examples_of(stage, found), found.scores, caveats, found.places, sums)
 
 
-def _examples_of(stage: StageReader, totals: _Totals) -> InfluenceExamples:
-    described = {row["example"]: row for row in stage.examples().to_pylist()}
-    ids = list(totals.index)
+def _collect(recipe: RowRecipe, question: Question, stage: StreamedStage, score: Score, sums: StageSums) -> Found:
+    """All scores, or both ends of them; row by row they are added to the sums."""
+    sources = stage.sources()
+
+    def stream(collector: AllScores | Ends, queries: slice, summing: bool) -> Found:
+        for part in stage.parts("scoring", question.where):
+            scores_QN = np.concatenate([score(rows).numpy() for rows in part.rows()], axis=1)
+            collector.add(part.table, scores_QN[queries])
+            if summing:
+                ids = part.table["example"].to_pylist()
+                sums.add([sources.get(i) for i in ids], part.table["step"].to_numpy(), scores_QN)
+        return collector.found()
+
+    if question.keep is None:
+        return stream(AllScores(question.queries, recipe.sums_visits), slice(None), True)
+    plan = Plan()
+    for part in stage.parts("counting", question.where):
+        plan.add(part.table)
+    groups = plan.groups(question.queries)
+    ends = [
+        stream(Ends(plan, len(range(question.queries)[group]), question.keep, recipe.sums_visits), group, n == 0)
+        for n, group in enumerate(groups)
+    ]
+    return together(ends)
+
+
+def _examples_of(stage: StreamedStage, found: Found) -> InfluenceExamples:
+    wanted, told = set(found.ids), stage.described
+    at = np.array([n for n, example in enumerate(told["example"].to_pylist()) if example in wanted], np.int64)
+    told = told.take(at) if len(at) < told.num_rows else told
+    place = {example: n for n, example in enumerate(told["example"].to_pylist())}
+    sources, texts = (told[name].to_pylist() for name in ("source", "text"))
+    places = [place.get(example) for example in found.ids]
     return InfluenceExamples(
-        stages=np.array([stage.name] * len(ids), dtype=object),
-        ids=np.array(ids, dtype=object),
-        steps=totals.last_step,
-        sources=[(described.get(i) or {}).get("source") for i in ids],
-        texts=[(described.get(i) or {}).get("text") for i in ids],
+        stages=np.array([stage.reader.name] * len(found.ids), dtype=object),
+        ids=np.array(found.ids, dtype=object),
+        steps=found.last_steps,
+        sources=[None if at is None else sources[at] for at in places],
+        texts=[None if at is None else texts[at] for at in places],
     )
 
 

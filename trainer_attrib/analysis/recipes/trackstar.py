@@ -87,7 +87,7 @@ class TrackStar:
 def training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMoments, int]:
     """Second moments of the rows, and the last second-moment version among them."""
     moments, last = SecondMoments(spans), 0
-    for _, _, rows in stage.stream("curvature of"):
+    for _, rows in stage.stream("curvature of"):
         moments.add(rows.unit * rows.norms[:, None])
         last = max(last, rows.version)
     return moments, last
