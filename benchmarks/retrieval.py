@@ -93,7 +93,7 @@ def throughput(dtype: str, rows: int, repeats: int) -> list[dict[str, Any]]:
                     "chunked": lambda q=sketches_QK: raw(stage, q, chunk),
                     "all": lambda n=queries: influence(question(model, stage, n), "grad_cos"),
                     "ends": lambda n=queries: influence(question(model, stage, n, keep=100), "grad_cos"),
-                    "rare": lambda n=queries: influence(question(model, stage, n, keep=100, **where), "grad_cos"),
+                    "rare": lambda n=queries, w=where: influence(question(model, stage, n, keep=100, **w), "grad_cos"),
                     "steps": lambda n=queries: influence(
                         question(model, stage, n, keep=100, where=Where(steps=(1, rows // BATCH // 8))), "grad_cos"
                     ),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trainer_attrib.analysis.analyzer import Analyzer as Analyzer
     from trainer_attrib.analysis.behavior import Behavior as Behavior
     from trainer_attrib.analysis.examples import Examples as Examples
-    from trainer_attrib.analysis.results import Influence as Influence
+    from trainer_attrib.analysis.influence_results import Influence as Influence
     from trainer_attrib.analysis.results import StageEffects as StageEffects
     from trainer_attrib.capture.recorder import Recorder as Recorder
     from trainer_attrib.errors import TrainerAttribError as TrainerAttribError
@@ -26,7 +26,7 @@ _HOME = {
     "Analyzer": "trainer_attrib.analysis.analyzer",
     "Behavior": "trainer_attrib.analysis.behavior",
     "Examples": "trainer_attrib.analysis.examples",
-    "Influence": "trainer_attrib.analysis.results",
+    "Influence": "trainer_attrib.analysis.influence_results",
     "Ledger": "trainer_attrib.ledger.reader",
     "Recorder": "trainer_attrib.capture.recorder",
     "Shadow": "trainer_attrib.types",

@@ -10,10 +10,10 @@ from tests.analysis.stages import Classifier, margins, three_stages
 from trainer_attrib import Analyzer, Behavior, SketchConfig
 from trainer_attrib.analysis.recipes.trackstar import TrackStar
 from trainer_attrib.errors import AnalysisError, ConfigurationError, ModelMismatchError, StageNotFoundError
-from trainer_attrib.numerics.row_curvature import shrinkage
 from trainer_attrib.numerics.second_moment import factor, inverse_root, lifted
 
 FULL = SketchConfig(rank=64, dtype="float32")  # at least as large as every side: nothing is projected away
+SPANS = (slice(0, 56), slice(56, 83))  # of the two layers, weights and biases
 RAW = SketchConfig(rank=64, dtype="float32", correction="none")
 
 
@@ -56,25 +56,45 @@ def test_scores_with_curvature_equal_their_dense_definition_without_projection(t
     chosen = {"fisher": "fisher", "trackstar": TrackStar(mixing=0.3)}[recipe]
     found = ordered(Analyzer(run.ledger, run.model).influence([behavior], recipe=chosen))
     queries, examples = dense(run, behavior)
-    expected, whitened = 0, []
-    for span in (slice(0, 56), slice(56, 83)):
+    expected, blocks = 0, []
+    for span in SPANS:
         q, g = queries[:, span], examples[:, span]
         moment = g.T @ g / len(g)
         if recipe == "fisher":
             slack = 0.1 * moment.diagonal().mean() * torch.eye(len(moment)).double()
             expected = expected - q @ torch.linalg.solve(moment + slack, g.T)
         else:
-            mixed = 0.3 * q.T @ q / len(q) + 0.7 * moment
-            root = inverse_root_of(mixed, shrinkage(g.repeat(4, 1), moment))  # every example was visited 4 times
-            whitened.append((q @ root, g @ root))
-    if whitened:
+            visits, unit = g.repeat(4, 1), F.normalize(queries, dim=1)[:, span]  # every example was visited 4 times
+            blocks.append((shared(unit), shrunk_moment(visits)))
+    if blocks:
+        asked, trained = (sum(block.trace() for block in side) for side in zip(*blocks, strict=True))
+        whitened = []
+        for (a, t), span in zip(blocks, SPANS, strict=True):
+            root = inverse_root_of(0.3 * a / asked + 0.7 * t / trained)
+            whitened.append((queries[:, span] @ root, examples[:, span] @ root))
         q, g = (F.normalize(torch.cat(side, 1), dim=1) for side in zip(*whitened, strict=True))
         expected = -q @ g.T
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def inverse_root_of(moment, share):
-    moment = (1 - share) * moment + share * moment.diagonal().mean() * torch.eye(len(moment)).double()
+def shared(rows):
+    """Mean outer product over pairs of different rows, its negative part left out."""
+    pairs = [torch.outer(a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
+    values, vectors = torch.linalg.eigh(torch.stack(pairs).mean(0))
+    return vectors @ torch.diag(values.clamp_min(0)) @ vectors.T
+
+
+def shrunk_moment(rows):
+    """Second moment, shrunk towards a multiple of the identity by Ledoit and Wolf's share."""
+    outer = torch.stack([torch.outer(row, row) for row in rows])
+    moment = outer.mean(0)
+    flat = moment.diagonal().mean() * torch.eye(len(moment)).double()
+    error = ((outer - moment) ** 2).sum((1, 2)).sum() / len(rows) / (len(rows) - 1)
+    share = min(1.0, float(error / ((moment - flat) ** 2).sum()))
+    return (1 - share) * moment + share * flat
+
+
+def inverse_root_of(moment):
     values, vectors = torch.linalg.eigh(moment)
     return vectors @ torch.diag(values.rsqrt()) @ vectors.T
 

@@ -78,7 +78,7 @@ def test_they_are_a_table_and_colors_of_the_page(analyzer, tmp_path):
     for tokens in found.tokens.values():
         strongest = tokens.pieces[int(np.abs(tokens.scores).argmax())]
         assert re.search(f'style="--w:1.00" title="[^"]+">{escaped(strongest)}<', html)
-    assert "Tokens: green ones" in html
+    assert "Tokens: green increased it" in html
 
 
 def test_what_does_not_belong_together_is_refused(analyzer):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer_attrib.analysis.results import Influence, InfluenceExamples
+from trainer_attrib.analysis.influence_results import Influence, InfluenceExamples
 from trainer_attrib.errors import EvaluationError
 from trainer_attrib.evaluation.adapters import (
     scores_of,

@@ -20,13 +20,14 @@ from trainer_attrib.analysis.effects.first_order import FirstOrder
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.examples import Examples
+from trainer_attrib.analysis.influence_results import Influence
 from trainer_attrib.analysis.programs import Program, check_programs
 from trainer_attrib.analysis.recipes.directional import Directional
 from trainer_attrib.analysis.recipes.recipe import Question, Recipe
 from trainer_attrib.analysis.recipes.tokens import token_scores
 from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
-from trainer_attrib.analysis.results import Influence, Result, StageEffects
+from trainer_attrib.analysis.results import Result, StageEffects
 from trainer_attrib.analysis.retraining import Closure, closure
 from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.analysis.split import Split, split
@@ -191,7 +192,8 @@ class Analyzer:
             programs: for ``carry``, of the stages after the first scored one; for recipes that run stages again, of
                 these.
             controls: rankings shown beside the scores: ``"bm25"``, ``"grad_cos"`` (one more look at the rows),
-                ``"random"``. What cannot be had, such as a lexical search without the extra ``search``, is said. None with ``keep``.
+                ``"random"``. What cannot be had, such as a lexical search without the extra ``search``, is said.
+                None with ``keep``.
             where: conditions that recorded rows must meet, by source, step or id; others are not read.
             keep: hold the scores of so many examples at either end of each ranking only, for ledgers whose scores do
                 not fit into memory. They are the same as without it.

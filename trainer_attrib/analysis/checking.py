@@ -13,7 +13,8 @@ from torch import nn
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.controls import BM25
 from trainer_attrib.analysis.examples import Examples
-from trainer_attrib.analysis.results import Influence, Result
+from trainer_attrib.analysis.influence_results import Influence
+from trainer_attrib.analysis.results import Result
 from trainer_attrib.analysis.tables import aligned
 from trainer_attrib.errors import ConfigurationError, MissingDataError, MissingExtraError
 from trainer_attrib.evaluation.lexical import bm25_scores

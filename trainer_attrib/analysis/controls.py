@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from trainer_attrib.analysis.beside import TOP, Beside, by_chance, compared
+from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.recipes.products import GradCos
 from trainer_attrib.analysis.recipes.recipe import Question
-from trainer_attrib.analysis.results import InfluenceExamples
 from trainer_attrib.errors import AnalysisError, ConfigurationError, MissingExtraError
 from trainer_attrib.evaluation.lexical import bm25_scores
 from trainer_attrib.numerics.scores import rank

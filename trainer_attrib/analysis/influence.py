@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from trainer_attrib.analysis.controls import CONTROLS, controls_of
+from trainer_attrib.analysis.influence_results import Influence, InfluenceExamples
 from trainer_attrib.analysis.recipes.directional import Directional
 from trainer_attrib.analysis.recipes.fisher import Fisher
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
@@ -15,7 +16,6 @@ from trainer_attrib.analysis.recipes.loss_difference import ContrastiveLossDiffe
 from trainer_attrib.analysis.recipes.products import GradCos, GradDot, TracIn
 from trainer_attrib.analysis.recipes.recipe import Question, Recipe, StageScores
 from trainer_attrib.analysis.recipes.trackstar import TrackStar
-from trainer_attrib.analysis.results import Influence, InfluenceExamples
 from trainer_attrib.analysis.retrieval.ends import ends_of
 from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.errors import ConfigurationError

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer_attrib.analysis.results import Influence
+from trainer_attrib.analysis.influence_results import Influence
 from trainer_attrib.errors import EvaluationError
 from trainer_attrib.evaluation.estimates import finite, same_length
 

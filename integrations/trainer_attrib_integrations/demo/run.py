@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 
 from trainer_attrib.analysis.analyzer import Analyzer
 from trainer_attrib.analysis.behavior import Behavior
-from trainer_attrib.analysis.results import Influence, StageEffects
+from trainer_attrib.analysis.influence_results import Influence
+from trainer_attrib.analysis.results import StageEffects
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.evaluation.lexical import bm25_scores
 from trainer_attrib.evaluation.retrieval import TopShare, random_share, share_in_top

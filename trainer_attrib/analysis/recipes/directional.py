@@ -14,9 +14,9 @@ from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.slopes import gradients
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.forward_mode import Slopes
+from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.recipes.stage_states import StageState, missing_trained, stage_states
-from trainer_attrib.analysis.results import InfluenceExamples
 from trainer_attrib.analysis.training_state import random_states_kept, standing
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader

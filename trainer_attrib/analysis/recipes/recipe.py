@@ -12,8 +12,8 @@ from torch import Tensor
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.examples import Examples
+from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.query_sketches import Sketcher, sketch_queries
-from trainer_attrib.analysis.results import InfluenceExamples
 from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.errors import MissingDataError

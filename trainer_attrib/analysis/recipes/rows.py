@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.query_sketches import kept_columns, missing_weights
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
-from trainer_attrib.analysis.results import InfluenceExamples
 from trainer_attrib.analysis.retrieval.ends import Ends, Plan, together
 from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.analysis.retrieval.visits import AllScores, Found

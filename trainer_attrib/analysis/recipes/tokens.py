@@ -9,9 +9,9 @@ import numpy as np
 
 from trainer_attrib.analysis.examples import Examples, TokenLosses
 from trainer_attrib.analysis.forward_mode import Slopes
+from trainer_attrib.analysis.influence_results import Influence, TokenScores
 from trainer_attrib.analysis.recipes.directional import Directional, ways
 from trainer_attrib.analysis.recipes.recipe import Question
-from trainer_attrib.analysis.results import Influence, TokenScores
 from trainer_attrib.analysis.training_state import random_states_kept
 from trainer_attrib.errors import ConfigurationError, MissingDataError
 from trainer_attrib.ledger.reader import StageReader
