@@ -2,8 +2,8 @@
 
 States of training (weights, buffers, the optimizer's state) are kept at every so many steps on the way forward; on the
 way back each stretch between two of them is run once more with all its states kept. With stretches of sqrt(T) steps
-that is a second replay in time, and 2 sqrt(T) states in memory (Griewank 1992, "Achieving logarithmic growth of temporal
-and spatial complexity in reverse automatic differentiation", with one level). The batches of all steps are kept.
+that is a second replay in time, and 2 sqrt(T) states in memory (Griewank 1992, "Achieving logarithmic growth of
+temporal and spatial complexity in reverse automatic differentiation", with one level). All batches are kept.
 """
 
 from __future__ import annotations

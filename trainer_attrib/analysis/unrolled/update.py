@@ -18,7 +18,9 @@ from trainer_attrib.numerics.update_adjoints import adamw_adjoint, sgd_adjoint
 from trainer_attrib.numerics.update_rules import AdamWSettings, AdamWState, SGDSettings, SGDState
 
 Moments = Mapping[str, Tensor]
-_Rule = Callable[[Tensor, Moments, Tensor, Tensor, Moments, Mapping[str, Any]], tuple[Tensor, dict[str, Tensor], Tensor]]
+_Rule = Callable[
+    [Tensor, Moments, Tensor, Tensor, Moments, Mapping[str, Any]], tuple[Tensor, dict[str, Tensor], Tensor]
+]
 """(weight, moments before the step, gradient, adjoint of the weight, of the moments, settings of the group) -> adjoints
 of the weight and the moments before the step, and of the gradient."""
 
