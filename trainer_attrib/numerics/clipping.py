@@ -64,6 +64,6 @@ def clipping_of(before: Sequence[Tensor], after: Sequence[Tensor]) -> Clipping |
         return Clipping(factor=factor)
     kept = [a == b for b, a in pairs]
     clamped = torch.cat([a[~mask].abs() for mask, a in zip(kept, after, strict=True)])
-    same_sign = all(bool((b[~mask] * a[~mask] >= 0).all()) for mask, (b, a) in zip(kept, pairs, strict=True))
+    shrunk = all(bool((b * a >= a * a).all()) for b, a in pairs)
     bound = max(float(a.abs().max()) for a in after)
-    return Clipping(kept=kept) if same_sign and bool((clamped == bound).all()) else None
+    return Clipping(kept=kept) if shrunk and bool((clamped == bound).all()) else None

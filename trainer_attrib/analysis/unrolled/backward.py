@@ -63,7 +63,7 @@ class BackwardSweep:
     ) -> None:
         self._path, self.adjoint, self._sizes, self._at_once = trajectory, adjoint, rows, at_once
         self._update = Update(trajectory.stage, trajectory.optimizer, trajectory.trained)
-        self._batched = True
+        self._batched, self._searched = True, False
 
     def run(self) -> Iterator[StepScores]:
         """The scores of all micro-batches, last step first; :attr:`adjoint` is at the stage's start in the end.
@@ -115,6 +115,9 @@ class BackwardSweep:
                 with self._path.outputs.watched():
                     value = self._path.outputs.weighted(loss, weights) if count else loss()
                 first = torch.autograd.grad(value, trained, create_graph=True, allow_unused=True)
+                if not self._searched and _ends_early(first):
+                    raise RuntimeError("a function of its own is marked as differentiable once")
+                self._searched = True
                 pairs = [
                     (g, a)
                     for g, a in zip(first, of_gradient.values(), strict=True)
@@ -162,6 +165,21 @@ def _filled(found: Sequence[Tensor | None], to: Sequence[Tensor], count: int | N
     leading = () if count is None else (count,)
     pairs = zip(found, to, strict=True)
     return [torch.zeros(*leading, *t.shape, dtype=t.dtype, device=t.device) if f is None else f for f, t in pairs]
+
+
+def _ends_early(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether some of the graph leads to a dead end, which autograd passes by without a word: the backward pass of a
+    function that is marked with ``once_differentiable`` hands on its result as if nothing were behind it."""
+    waiting, seen = [None if g is None else g.grad_fn for g in gradients], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def _twice_differentiable() -> Any:
