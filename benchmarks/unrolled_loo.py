@@ -1,9 +1,10 @@
 """How well influence tells what leaving out one example does: unrolled training against real leave-one-out.
 
 A perceptron on 1000 digits (``lds_runs``), with SGD and AdamW, smooth (GELU) and with kinks (ReLU). The truth of
-"one out" are 1000 retrainings on the same batches from the same weights, each with another example's loss times 0; that
-of "5 % out" are 40, each without 50 examples at random. Spearman's correlation over the examples (subsets), mean over
-queries and seeds and its standard error; cost is CPU time over that of one training, and the truth costs 1001.
+"one out" are 1000 retrainings on the same batches from the same weights, each with another example's loss times 0; of
+"5 % out" 40, each without 50 examples at random; of "half out" 100 halves, five trainings of each from other weights on
+other batches. Spearman's correlation over the examples (subsets), mean over queries and seeds, and its standard error;
+cost is CPU time over that of one training, and the first truth costs 1001.
 
     PYTHONPATH=benchmarks python benchmarks/unrolled_loo.py --cache FOLDER
 """
@@ -64,7 +65,7 @@ def main() -> None:
 def measured(config: str, seed: int, cache: Path) -> dict[str, dict[str, Any]]:
     """By method: correlations with both truths for each query, cost and caveats."""
     run = digits.trained(config, seed, cache)
-    one, many = (digits_truth.ground_truth(config, kind, cache, seed=seed) for kind in ("loo", "five"))
+    one, many, half = (digits_truth.ground_truth(config, kind, cache, seed=seed) for kind in ("loo", "five", "half"))
     left_out_QN = (one.values[0, 0] - one.values[1:, 0]).T
     training = min(seconds_of(lambda: digits.train_plainly(config, seed))[1] for _ in range(3))
     found = {}
@@ -73,6 +74,7 @@ def measured(config: str, seed: int, cache: Path) -> dict[str, dict[str, Any]]:
         found[method] = {
             "one out": spearman(scores_QN, left_out_QN),
             "5 % out": spearman(scores_QN @ many.masks.T.astype(float), many.values.mean(1).T),
+            "half out": spearman(scores_QN @ half.masks.T.astype(float), half.values.mean(1).T),
             "cost": seconds / training,
             "caveats": caveats,
         }
@@ -103,7 +105,7 @@ def program_of(run: Trained) -> Callable[[Any], Loop]:
 
 def row(config: str, method: str, runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """One line of the table, over all seeds."""
-    one, many = (np.concatenate([run[method][truth] for run in runs]) for truth in ("one out", "5 % out"))
+    one, many, half = (np.concatenate([run[method][key] for run in runs]) for key in ("one out", "5 % out", "half out"))
     return {
         "training": CONFIGS[config],
         "method": method,
@@ -111,6 +113,7 @@ def row(config: str, method: str, runs: list[dict[str, dict[str, Any]]]) -> dict
         "s.e.": float(one.std(ddof=1) / len(one) ** 0.5),
         "worst query": float(one.min()),
         "5 % out": float(many.mean()),
+        "half out": float(half.mean()),
         "cost": float(np.mean([run[method]["cost"] for run in runs])),
         "warned": sum(is_warned(run[method]["caveats"]) for run in runs),
     }

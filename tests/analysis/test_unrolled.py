@@ -284,6 +284,19 @@ class Opaque(torch.autograd.Function):
         return gradient
 
 
+class Hidden(torch.autograd.Function):
+    """Computes its gradient on the way forward, as fused losses do: what that depends on is lost."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        ctx.found = (logits.softmax(1) - F.one_hot(labels, 3)) / len(labels)
+        return F.cross_entropy(logits, labels)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient * ctx.found, None
+
+
 class Signs(Loop):
     """Clips in a way of its own."""
 
@@ -313,6 +326,18 @@ def test_programs_that_cannot_be_followed_are_refused(recorded: Any) -> None:
         scored(run, analyzer, programs=changed(lambda m, b: m(b[0].repeat(3, 1)).square().mean()))
     with pytest.raises(NotComparableError, match="diverged"):
         scored(run, analyzer, programs=changed(lambda m, b: plain(m, b) * float("inf")))
+
+
+def test_functions_that_may_hide_something_are_named(recorded: Any) -> None:
+    run, analyzer = recorded
+
+    def fused(model: Any) -> Loop:
+        return replace(run.loop("only", model), loss=lambda m, batch: Hidden.apply(m(batch[0]), batch[1]))
+
+    assert any(
+        "backward pass of their own (Hidden)" in c for c in scored(run, analyzer, programs={"only": fused}).caveats
+    )
+    assert not any("of their own" in caveat for caveat in scored(run, analyzer).caveats)
 
 
 @pytest.mark.parametrize("settings", [{"check": 1}, {"check": -2}, {"spacing": 0}, {"at_once": 0}])

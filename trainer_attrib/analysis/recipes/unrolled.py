@@ -105,6 +105,11 @@ class Unrolled:
                 f"{name}: {part.outside:.1%} of what the losses did passes by the outputs (auxiliary losses, "
                 "penalties) and belongs to no example"
             )
+        if part.functions:
+            yield (
+                f"{name}: the loss has functions with a backward pass of their own ({', '.join(part.functions)}): "
+                "scores are only right if that can be differentiated"
+            )
         if part.moved_buffers:
             yield (
                 f"{name}: training moved {len(part.moved_buffers)} buffers (such as {part.moved_buffers[0]}), whose "

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer_attrib.analysis.curvature import gradients_of
@@ -63,7 +64,10 @@ class BackwardSweep:
     ) -> None:
         self._path, self.adjoint, self._sizes, self._at_once = trajectory, adjoint, rows, at_once
         self._update = Update(trajectory.stage, trajectory.optimizer, trajectory.trained)
-        self._batched, self._searched = True, False
+        self._batched = True
+        self.functions: list[str] | None = None
+        """Functions of the loss, of the first batch seen, with a backward pass of their own: it can hide what its
+        result depends on, which autograd then takes for constant."""
 
     def run(self) -> Iterator[StepScores]:
         """The scores of all micro-batches, last step first; :attr:`adjoint` is at the stage's start in the end.
@@ -115,9 +119,7 @@ class BackwardSweep:
                 with self._path.outputs.watched():
                     value = self._path.outputs.weighted(loss, weights) if count else loss()
                 first = torch.autograd.grad(value, trained, create_graph=True, allow_unused=True)
-                if not self._searched and _ends_early(first):
-                    raise RuntimeError("a function of its own is marked as differentiable once")
-                self._searched = True
+                self._search(value, first)
                 pairs = [
                     (g, a)
                     for g, a in zip(first, of_gradient.values(), strict=True)
@@ -132,6 +134,15 @@ class BackwardSweep:
         whole = sum((g.detach().double() * a.double()).flatten(1).sum(1) for g, a in pairs)
         whole = whole if isinstance(whole, Tensor) else torch.zeros(self.adjoint.queries)
         return StepScores(number, index, scores.double().cpu(), whole.double().cpu())
+
+    def _search(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Look once for what autograd would pass by without a word."""
+        if self.functions is not None:
+            return
+        if any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
+            raise RuntimeError("a function of its own is marked as differentiable once")
+        own = {type(node).__name__ for node in _nodes([loss]) if isinstance(node, BackwardCFunction)}
+        self.functions = sorted(name.removesuffix("Backward") for name in own)
 
     def _pulled(self, of: Sequence[Tensor], along: Sequence[Tensor], to: Sequence[Tensor]) -> list[Tensor]:
         """Vector-Jacobian products for all queries, [Q, ...] each; zeros where nothing depends."""
@@ -167,19 +178,15 @@ def _filled(found: Sequence[Tensor | None], to: Sequence[Tensor], count: int | N
     return [torch.zeros(*leading, *t.shape, dtype=t.dtype, device=t.device) if f is None else f for f, t in pairs]
 
 
-def _ends_early(gradients: Sequence[Tensor | None]) -> bool:
-    """Whether some of the graph leads to a dead end, which autograd passes by without a word: the backward pass of a
-    function that is marked with ``once_differentiable`` hands on its result as if nothing were behind it."""
-    waiting, seen = [None if g is None else g.grad_fn for g in gradients], set[Any]()
+def _nodes(tensors: Sequence[Tensor | None]) -> Iterator[Any]:
+    """All that tensors were computed by."""
+    waiting, seen = [None if tensor is None else tensor.grad_fn for tensor in tensors], set[Any]()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            return True
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
-    return False
+        if node is not None and node not in seen:
+            yield node
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
 
 
 def _twice_differentiable() -> Any:

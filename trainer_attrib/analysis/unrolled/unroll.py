@@ -48,6 +48,7 @@ class StageDerivatives:
         end: where the replay ended.
         drift: distance of the replay's end from the recorded one, over what the stage changed; 0 is bit for bit.
         moved_buffers: buffers that training changed, whose part in the behaviors is not counted.
+        functions: of the loss, with a backward pass of their own, which may not be differentiable.
     """
 
     stage: StageReader
@@ -56,6 +57,7 @@ class StageDerivatives:
     end: TrainingState
     drift: float
     moved_buffers: list[str]
+    functions: list[str] = field(default_factory=list)
     _outside: float = field(default=0.0)
     _within: float = field(default=0.0)
 
@@ -110,6 +112,7 @@ def unroll(lineage: Lineage, stages: Sequence[StageReader], effort: Effort) -> l
             sweep = BackwardSweep(path, adjoint, scored.rows.sizes, effort.at_once)
             for step in tqdm(sweep.run(), desc=f"unrolling {stage.name}", total=path.length, leave=False, disable=None):
                 scored.add(step)
+        scored.functions = sweep.functions or []
         adjoint = sweep.adjoint if path.carries else Adjoint(sweep.adjoint.weights)
         found[stage.name] = scored
     return [found[name] for name in chosen]
