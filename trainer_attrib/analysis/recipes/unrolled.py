@@ -28,7 +28,7 @@ class Unrolled:
 
     Args:
         check: replays with slightly other weights of the examples, at least 2, that tell whether training is smooth
-            enough for the scores to mean anything; 0 for none.
+            enough for the scores to be trusted; 0 for none.
         spacing: steps between the states of training that are kept in memory; None for all that fit into a gigabyte,
             else the root of the number of steps. Scores do not depend on it.
         at_once: queries that share a backward pass: memory against time.
@@ -94,7 +94,7 @@ class Unrolled:
         if self.check:
             yield str(smoothness(question.lineage, part, self.check, self.seed))
         else:
-            yield f"{name}: whether training is smooth enough for these scores to mean anything was not checked"
+            yield f"{name}: whether training is smooth enough for these scores was not checked"
         if part.drift > NOTICED:
             yield (
                 f"{name}: running it again ended beside the recorded weights, by {part.drift:.1%} of what it changed: "
