@@ -184,7 +184,8 @@ class Analyzer:
             behaviors: differentiable behaviors; every item is a query.
             stages: names of the stages whose examples are scored; all of the model's lineage by default.
             recipe: ``"trackstar"``, ``"grad_cos"``, ``"grad_dot"`` or ``"tracin"``, from the sketches captured during
-                training; or a recipe object (docs/influence.md has all of them).
+                training; ``"unrolled"``, the exact derivative of the training, for a few queries; or a recipe object
+                (docs/influence.md has all of them).
             data: the examples of stages, for recipes that need their losses: stage name -> examples.
             carry: carries the behaviors' gradients back through later stages to the end of each scored one, so that
                 examples are scored by what is left of them in the final model; without it, gradients at the final

@@ -16,14 +16,15 @@ from trainer_attrib.analysis.recipes.loss_difference import ContrastiveLossDiffe
 from trainer_attrib.analysis.recipes.products import GradCos, GradDot, TracIn
 from trainer_attrib.analysis.recipes.recipe import Question, Recipe, StageScores
 from trainer_attrib.analysis.recipes.trackstar import TrackStar
+from trainer_attrib.analysis.recipes.unrolled import Unrolled
 from trainer_attrib.analysis.retrieval.ends import ends_of
 from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.errors import ConfigurationError
 
-RECIPES: dict[str, type[Recipe]] = {
-    recipe.name: recipe
-    for recipe in (GradCos, GradDot, TracIn, Fisher, TrackStar, GaussNewton, Directional, ContrastiveLossDifference)
-}
+_RECIPES: tuple[type[Recipe], ...] = (
+    GradCos, GradDot, TracIn, Fisher, TrackStar, GaussNewton, Directional, ContrastiveLossDifference, Unrolled,
+)  # fmt: skip
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in _RECIPES}
 NOT_ENTAILMENT = "influence is what training on an example did, not whether its text states the answer"
 
 

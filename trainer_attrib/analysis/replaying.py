@@ -117,14 +117,14 @@ def replay_stage(
     names = {id(parameter): name for name, parameter in parameters.items()}
     merge = pace.merge if can_merge(stage) else 1
     optimizer = rebuild_optimizer(stage, steps, parameters)
-    recorded = stage.steps().select(["step", "learning_rate", "weight_decay", "beta1", "beta2"]).to_pylist()
+    recorded = recorded_rows(stage)
     if not recorded:
         return carried, 0.0
     handed_on = CarriedState(optimizer, names, merge)
     if carries(stage):
         handed_on.load(carried, recorded[0])
     cost = 0.0
-    for rows, step in _windows(stage, recorded, steps, Pace(merge, pace.thin)):
+    for rows, step in recorded_windows(stage, recorded, steps, Pace(merge, pace.thin)):
         optimizer.zero_grad(set_to_none=True)
         for loss in step.losses:
             loss().backward()
@@ -136,7 +136,14 @@ def replay_stage(
     return handed_on.read(recorded[-1]), cost
 
 
-def _windows(stage: StageReader, rows: Sequence[Row], steps: Steps, pace: Pace) -> Iterator[tuple[Sequence[Row], Step]]:
+def recorded_rows(stage: StageReader) -> list[Row]:
+    """The executed steps with what each of them used."""
+    return stage.steps().select(["step", "learning_rate", "weight_decay", "beta1", "beta2"]).to_pylist()
+
+
+def recorded_windows(
+    stage: StageReader, rows: Sequence[Row], steps: Steps, pace: Pace
+) -> Iterator[tuple[Sequence[Row], Step]]:
     """The recorded steps, several at a time, with the batch of the first one.
 
     Batches whose step a gradient scaler skipped when the stage was recorded are left out as they were then.

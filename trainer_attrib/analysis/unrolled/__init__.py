@@ -1,0 +1,1 @@
+"""Unrolled influence: the exact derivative of behaviors with respect to the weight of each example's loss."""
