@@ -7,7 +7,6 @@ next characters. Truth: 48 random halves, two independent trainings of each.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -18,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lds_runs import prose
-from lds_runs.chargpt_model import CharGPT, losses
+from lds_runs.chargpt_model import BATCH, DECAY, EPOCHS, RATE, CharGPT, losses, optimizing, train
 from lds_runs.testbed import RANK, SNAPSHOTS, STAGE, Trained, Truth, kept, restore, subsets
 from trainer_attrib import Behavior, Ledger, SketchConfig
 
 CONFIG = "chargpt"
-BATCH, EPOCHS, RATE, DECAY = 32, 12, 3e-3, 0.01
 HALVES, REPEATS = 48, 2
 
 
@@ -40,24 +38,11 @@ def model(seed: int) -> CharGPT:
         return CharGPT(len(prose.alphabet()), prose.WINDOW)
 
 
-def optimizing(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Optimizer and schedule of a training of so many steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
-
-
 def train_plainly(seed: int, rows: np.ndarray | None = None) -> nn.Module:
     """A training on these windows, all by default, without a recording."""
     windows = prose.codes()[0]
-    chosen = torch.arange(len(windows)) if rows is None else torch.from_numpy(rows)
-    net, generator = model(seed), torch.Generator().manual_seed(seed)
-    optimizer, schedule = optimizing(net, EPOCHS * (len(chosen) // BATCH))
-    for _ in range(EPOCHS):
-        for batch in chosen[torch.randperm(len(chosen), generator=generator)].split(BATCH):
-            losses(net, (windows[batch],)).mean().backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+    net = model(seed)
+    train(net, windows if rows is None else windows[torch.from_numpy(rows)], seed)
     return net.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 LAYERS, WIDTH, HEADS = 2, 64, 4
+BATCH, EPOCHS, RATE, DECAY = 32, 12, 3e-3, 0.01
 
 
 class Block(nn.Module):
@@ -60,3 +62,21 @@ def losses(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     windows = batch[0]
     logits = model(windows)[:, :-1]
     return cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
+
+
+def optimizing(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Optimizer and cosine schedule of a training of so many steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
+
+
+def train(model: nn.Module, windows: Tensor, seed: int) -> None:
+    """All steps on the windows [N, S]; the seed decides their order."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer, schedule = optimizing(model, EPOCHS * (len(windows) // BATCH))
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(windows), generator=generator).split(BATCH):
+            losses(model, (windows[rows],)).mean().backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()

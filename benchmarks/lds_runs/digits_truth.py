@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lds_runs import digits
+from lds_runs import digits, digits_model
 from lds_runs.testbed import Truth, kept, subsets
 
 KINDS = ("half", "five", "loo")
@@ -29,7 +29,7 @@ def ground_truth(config: str, kind: str, cache: Path, seed: int = 0, halves: int
     """Margins of the queries after training on subsets.
 
     Args:
-        config: name of one of ``digits.CONFIGS``.
+        config: name of one of ``digits_model.CONFIGS``.
         kind: one of ``KINDS``; of ``loo`` the first mask keeps everything.
         cache: folder where truths are kept.
         seed: of the recorded training, which ``five`` and ``loo`` repeat.
@@ -43,13 +43,13 @@ def ground_truth(config: str, kind: str, cache: Path, seed: int = 0, halves: int
 
 
 def _halves(config: str, count: int) -> Truth:
-    masks = subsets(count, digits.TRAIN, 0.5, seed=1)
+    masks = subsets(count, digits_model.TRAIN, 0.5, seed=1)
     seeds = [1_000_000 + 1000 * subset + repeat for subset in range(count) for repeat in range(REPEATS)]
     members = np.repeat(np.stack([np.flatnonzero(mask) for mask in masks]), REPEATS, axis=0)
 
     def batches(first: int, last: int) -> tuple[Tensor, Tensor]:
         chosen = torch.from_numpy(members[first:last])
-        places = torch.stack([digits.orders(s, chosen.shape[1]) for s in seeds[first:last]], 1)  # [T, M, B]
+        places = torch.stack([digits_model.orders(s, chosen.shape[1]) for s in seeds[first:last]], 1)  # [T, M, B]
         rows = torch.stack([chosen[m][places[:, m]] for m in range(len(chosen))], 1)
         return rows, torch.ones(rows.shape)
 
@@ -58,10 +58,10 @@ def _halves(config: str, count: int) -> Truth:
 
 
 def _weighted(config: str, kind: str, seed: int) -> Truth:
-    masks = subsets(FIVES, digits.TRAIN, 0.95, seed=2)
+    masks = subsets(FIVES, digits_model.TRAIN, 0.95, seed=2)
     if kind == "loo":
-        masks = ~np.eye(digits.TRAIN + 1, digits.TRAIN, -1, dtype=bool)
-    order = digits.orders(seed)
+        masks = ~np.eye(digits_model.TRAIN + 1, digits_model.TRAIN, -1, dtype=bool)
+    order = digits_model.orders(seed)
 
     def batches(first: int, last: int) -> tuple[Tensor, Tensor]:
         rows = order[:, None].expand(-1, last - first, -1)
@@ -87,7 +87,7 @@ class _Stack:
     """Models of one configuration as parameters [M, ...]: the optimizers work by element, so each trains on its own."""
 
     def __init__(self, config: str, seeds: list[int]) -> None:
-        self._setup, self._act = digits.CONFIGS[config], digits.CONFIGS[config].activation()
+        self._setup, self._act = digits_model.CONFIGS[config], digits_model.CONFIGS[config].activation()
         models = [list(self._setup.model(seed).parameters()) for seed in seeds]
         self._parameters = [nn.Parameter(torch.stack(same).detach()) for same in zip(*models, strict=True)]
 
@@ -100,7 +100,7 @@ class _Stack:
         optimizer = self._setup.optimizer(self._parameters)
         for here, weight in zip(rows, weights, strict=True):
             losses = cross_entropy(self._logits(pixels[here]).transpose(1, 2), labels[here], reduction="none")
-            (losses * weight).sum().div(digits.BATCH).backward()
+            (losses * weight).sum().div(digits_model.BATCH).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -108,7 +108,7 @@ class _Stack:
         """Of the queries, [M, Q]."""
         pixels, labels = digits.data()[1]
         with torch.no_grad():
-            return digits.margins(self._logits(pixels.expand(len(self), -1, -1)), labels)
+            return digits_model.margins(self._logits(pixels.expand(len(self), -1, -1)), labels)
 
     def _logits(self, pixels: Tensor) -> Tensor:
         first, first_bias, second, second_bias = self._parameters
