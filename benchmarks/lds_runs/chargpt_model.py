@@ -59,9 +59,12 @@ class CharGPT(nn.Module):
 
 def losses(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     """Mean cross entropy of the next character in each window, nats, [B]."""
-    windows = batch[0]
-    logits = model(windows)[:, :-1]
-    return cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
+    return next_losses(model(batch[0]), batch[0])
+
+
+def next_losses(logits: Tensor, windows: Tensor) -> Tensor:
+    """The same from logits [B, S, V] and windows [B, S]."""
+    return cross_entropy(logits[:, :-1].transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
 
 
 def optimizing(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
