@@ -8,6 +8,7 @@ next characters. Truth: 48 random halves, two independent trainings of each.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from lds_runs import prose
 from lds_runs.chargpt_model import BATCH, DECAY, EPOCHS, RATE, CharGPT, losses, optimizing, train
 from lds_runs.testbed import RANK, SNAPSHOTS, STAGE, Trained, Truth, kept, restore, subsets
-from trainer_attrib import Behavior, Ledger, SketchConfig
+from trainer_attrib import Behavior, Examples, Ledger, SketchConfig
 
 CONFIG = "chargpt"
 HALVES, REPEATS = 48, 2
@@ -50,6 +51,11 @@ def behavior() -> Behavior:
     """Mean log-probability of the next characters of each query."""
     queries = [prose.texts()[window] for window in prose.split()[1]]
     return Behavior("log-probability", list(prose.codes()[1]), _measure, queries, unit="nats per character")
+
+
+def examples(run: Trained) -> Examples:
+    """The windows of a training, with curvature from characters that the model draws itself."""
+    return Examples(list(run.train[0]), _losses, ids=run.ids, fisher=_drawn, batch_size=64)
 
 
 def trained(seed: int, cache: Path) -> Trained:
@@ -106,3 +112,15 @@ def _trainer(net: nn.Module, seed: int, ledger: Path) -> Any:
 
 def _measure(model: nn.Module, items: list[Tensor]) -> Tensor:
     return -losses(model, (torch.stack(items),))
+
+
+def _losses(model: nn.Module, items: list[Tensor]) -> Tensor:
+    return losses(model, (torch.stack(items),))
+
+
+def _drawn(model: nn.Module, items: list[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+    """Losses of drawn characters, over the root of how many there are: a window's loss is the mean over characters."""
+    logits = model(torch.stack(items))[:, :-1]
+    drawn = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+    losses_BS = nn.functional.cross_entropy(logits.transpose(1, 2), drawn, reduction="none")
+    yield losses_BS.sum(1) / drawn.shape[1] ** 0.5

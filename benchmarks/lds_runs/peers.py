@@ -1,7 +1,6 @@
 """Runs the peers, each by its own Python, on a trained model that is handed over as files.
 
-A peer's environment is a folder of its name in the folder of the variable ``TRAINER_ATTRIB_PEERS``, ``.peers`` in the
-repository's root by default. A peer that has none is skipped, and a message says how to make it.
+A peer's environment is the folder of its name in ``.peers`` in the repository's root, unless an option names another.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lds_runs.testbed import STAGE, Trained
+from lds_runs.testbed import PEER, STAGE, Scored, Trained
 from trainer_attrib import Ledger
 
 PEERS = {
@@ -31,45 +29,33 @@ PEERS = {
 _BENCHMARKS = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class PeerScores:
-    """One setting of one peer.
+def chosen(given: Sequence[str]) -> dict[str, Path]:
+    """The Python of every peer that has one; others are skipped with a message that says how to install them.
 
     Args:
-        name: with the setting.
-        default: whether these are the peer's default settings.
-        models: trained models that it needs beside the explained one.
-        scores: [Q, N], positive where training on the example helps the query; None if it failed.
-        ratio: CPU time over that of one plain training in the same process.
-        failed: why there are no scores.
+        given: ``NAME=PYTHON``, beside the environments in ``.peers``.
     """
-
-    name: str
-    default: bool
-    models: int
-    scores: np.ndarray | None
-    ratio: float
-    failed: str = ""
-
-
-def environment(peer: str) -> Path | None:
-    """The peer's Python, or None, with a message that says how to install it."""
-    folder = Path(os.environ.get("TRAINER_ATTRIB_PEERS") or _BENCHMARKS.parent / ".peers") / peer
-    python = folder / "bin" / "python"
-    if python.exists():
-        return python
-    print(f"{peer} is skipped: no environment in {folder}. benchmarks/README.md says how to make it ({PEERS[peer]}).")
-    return None
+    named = dict(pair.split("=", 1) for pair in given)
+    if unknown := set(named) - set(PEERS):
+        raise SystemExit(f"--peers names {sorted(unknown)}; there are adapters for {sorted(PEERS)}.")
+    found = {}
+    for peer, package in PEERS.items():
+        python = Path(named.get(peer, _BENCHMARKS.parent / ".peers" / peer / "bin" / "python"))
+        if python.exists():
+            found[peer] = python
+        else:
+            print(f"{peer} is left out: no Python at {python}. benchmarks/README.md: how to make one with {package}.")
+    return found
 
 
-def peer_scores(run: Trained, testbed: str, ensemble: list[dict[str, Tensor]]) -> Iterator[PeerScores]:
-    """Every setting of every peer that is installed."""
-    for peer in PEERS:
-        if python := environment(peer):
-            with tempfile.TemporaryDirectory() as temporary:
-                folder = Path(temporary)
-                _write(run, testbed, ensemble, folder)
-                yield from _run(peer, python, folder)
+def peer_scores(
+    peer: str, python: Path, run: Trained, testbed: str, ensemble: list[dict[str, Tensor]]
+) -> Iterator[Scored]:
+    """Every setting of a peer."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _write(run, testbed, ensemble, folder)
+        yield from _run(peer, python, folder)
 
 
 def _write(run: Trained, testbed: str, ensemble: list[dict[str, Tensor]], folder: Path) -> None:
@@ -92,7 +78,7 @@ def _write(run: Trained, testbed: str, ensemble: list[dict[str, Tensor]], folder
     (folder / "task.json").write_text(json.dumps(told))
 
 
-def _run(peer: str, python: Path, folder: Path) -> Iterator[PeerScores]:
+def _run(peer: str, python: Path, folder: Path) -> Iterator[Scored]:
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     variables |= {"PYTHONPATH": str(_BENCHMARKS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(
@@ -100,9 +86,11 @@ def _run(peer: str, python: Path, folder: Path) -> Iterator[PeerScores]:
         cwd=folder, env=variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if ran.returncode:
-        print(f"{peer} failed: {ran.stderr.strip()[-1000:]}")
+        yield Scored(peer, PEER, True, 1, None, float("nan"), f"it ended: {ran.stderr.strip()[-300:]}")
         return
-    for row in json.loads((folder / f"{peer}.json").read_text())["rows"]:
+    told = json.loads((folder / f"{peer}.json").read_text())
+    for row in told["rows"]:
         scores = np.load(folder / row["scores"]) if "scores" in row else None
-        failed = row.get("failed", "")
-        yield PeerScores(row["name"], row["default"], row["models"], scores, row.get("ratio", float("nan")), failed)
+        name = row["name"].replace(" ", f" {told['version']} ", 1)
+        failed, ratio = row.get("failed", ""), row.get("ratio", float("nan"))
+        yield Scored(name, PEER, row["default"], 1 + row["models"], scores, ratio, failed)

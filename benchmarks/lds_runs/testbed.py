@@ -16,6 +16,7 @@ from trainer_attrib import Behavior
 
 STAGE = "train"  # of every ledger
 RANK, SNAPSHOTS = 16, 4
+RECORDED, GIVEN, PEER, CONTROL = "ours, recorded rows", "ours, examples given", "peer", "control"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,29 @@ class Truth:
 
     masks: np.ndarray
     values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One setting of one method, and what it says.
+
+    Args:
+        name: with the setting.
+        kind: ``RECORDED``, ``GIVEN``, ``PEER`` or ``CONTROL``.
+        default: whether these are the method's default settings.
+        models: trained models that it needs, the explained one included.
+        scores: [Q, N], positive where training on the example helps the query; None if it failed.
+        ratio: CPU time over that of one plain training in the same process, further models' trainings not counted.
+        failed: why there are no scores.
+    """
+
+    name: str
+    kind: str
+    default: bool
+    models: int
+    scores: np.ndarray | None
+    ratio: float
+    failed: str = ""
 
 
 def subsets(count: int, examples: int, share: float, seed: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import torch
 from dattri_llm import REGISTER_ALL, AttributionArguments, AttributionTask, HookManagerConfig
 from dattri_llm.attribution import EKFACAttributor, KFACAttributor, TracInAttributor
 from torch import Tensor
@@ -24,7 +25,17 @@ def _scores(task: Task, attributor: Any, **options: Any) -> Tensor:
         found = attributor(arguments, task=asked).attribute(
             task.train_set(), task.test_set(), hook_config=HookManagerConfig(linear_io=REGISTER_ALL), **options
         )
-    return found.agnostic_matrix()[1].T
+    shares_NQ = found.agnostic_matrix()[1]
+    known, copies = _samples(task.train[0])
+    return (shares_NQ / copies[:, None])[known][:, _samples(task.test[0])[0]].T
+
+
+def _samples(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of each example among those that differ, in the order of their first one, and how often each of these
+    occurs: examples are known to this library by their content, so that equal ones are one, with the sum of scores."""
+    numbers: dict[bytes, int] = {}
+    found = torch.tensor([numbers.setdefault(row.numpy().tobytes(), len(numbers)) for row in inputs])
+    return found, torch.bincount(found)
 
 
 METHODS = [
