@@ -25,6 +25,7 @@ PEERS = {
     "kronfluence": "kronfluence==1.0.1",
     "captum": "captum==0.9.0",
     "traker": "traker==0.3.2",
+    "bergson": "bergson==2.5.1",
 }
 _BENCHMARKS = Path(__file__).parents[1]
 

@@ -128,7 +128,7 @@ class Method:
 
 def timed(work: Callable[[], Any], times: int) -> tuple[Any, float]:
     """What it returns, and the least CPU time of some runs, in seconds."""
-    seconds = []
+    found, seconds = None, []
     for _ in range(times):
         began = time.process_time()
         found = work()
@@ -149,8 +149,11 @@ def main() -> None:
         try:
             runs = times if task.testbed == DIGITS else 1
             scores, seconds = timed(lambda method=method: method.scores(task), runs)
+            scores = np.asarray(scores, dtype=np.float32)
+            if not np.isfinite(scores).all():
+                raise ValueError(f"{(~np.isfinite(scores)).mean():.0%} of the scores are not finite")
             _, training = timed(task.train_plainly, runs)
-            np.save(folder / f"{peer}-{len(rows)}.npy", np.asarray(scores, dtype=np.float32))
+            np.save(folder / f"{peer}-{len(rows)}.npy", scores)
             row |= {"scores": f"{peer}-{len(rows)}.npy", "ratio": seconds / training, "seconds": seconds}
         except Exception as error:  # whatever it is, it becomes this row's text
             traceback.print_exc()
