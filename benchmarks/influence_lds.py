@@ -38,6 +38,7 @@ COLUMNS = ("testbed", "kind", "method", "default", "models", "LDS", "±", "subse
 QUICK_HALVES = 20
 BARS = {"digits sgdm": (0.67, 0.72), "digits adamw": (0.62, 0.70)}  # the best tuned peer; exact damped Gauss-Newton
 THREE_MODELS, LANGUAGE_MODEL, CHEAP = 0.74, 0.44, 0.6
+SHARE = 0.65  # of the ceiling: 0.44 was measured where the ceiling was 0.68
 NOTES = (
     "LDS: ± standard error over queries; `subsets`: standard error from having drawn these subsets, which all methods "
     "share. ceiling: what the mean of the retrainings' repetitions correlates with itself, beyond which nothing counts",
@@ -131,6 +132,7 @@ def checks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         one, two = by_name["chargpt", SHORT], by_name["chargpt", SHORT_TWO]
         checks[f"chargpt: {SHORT}"] = report.check(one["LDS"], LANGUAGE_MODEL, most=False)
         checks[f"chargpt: {SHORT_TWO}"] = report.check(two["LDS"], LANGUAGE_MODEL, most=False)
+        checks[f"chargpt: {SHORT}, of ceiling"] = report.check(one["of ceiling"], SHARE, most=False)
         checks[f"chargpt: {SHORT}, x training"] = report.check(one["x training"], CHEAP)
         checks[f"chargpt: {SHORT} minus {TFIDF}"] = _positive(one["LDS"] - by_name["chargpt", TFIDF]["LDS"])
         checks |= _above_peers(rows, "chargpt", SHORT)

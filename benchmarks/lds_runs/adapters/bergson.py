@@ -42,9 +42,7 @@ def _gradients(task: Task, windows: Tensor, folder: Path, hessians: bool) -> tup
     config.partial_run_path.mkdir(parents=True, exist_ok=True)
     data, processor = Dataset.from_dict({"input_ids": windows.tolist()}), GradientProcessor(projection_dim=16)
     model = _Causal(task.model())
-    collector = InMemoryCollector(
-        model=model, data=data, cfg=config, processor=processor, skip_hessians=not hessians
-    )
+    collector = InMemoryCollector(model=model, data=data, cfg=config, processor=processor, skip_hessians=not hessians)
     batches = [list(range(len(windows))[at : at + BATCH]) for at in range(0, len(windows), BATCH)]
     computer = CollectorComputer(model, data, collector=collector, batches=batches, cfg=config)
     computer.run_with_collector_hooks()

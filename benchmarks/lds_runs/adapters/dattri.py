@@ -38,6 +38,7 @@ def _scores(task: Task, attributor: Any, batch_size: int, **options: Any) -> Ten
 METHODS = [
     Method("dattri IF-CG, default, batches of 100", lambda task: _scores(task, IFAttributorCG, 100), True, (DIGITS,)),
     Method("dattri EK-FAC, default", lambda task: _scores(task, IFAttributorEKFAC, 100), default=True),
+    Method("dattri EK-FAC, damping 0.1", lambda task: _scores(task, IFAttributorEKFAC, 100, damping=0.1)),
     *(
         Method(
             f"dattri IF-CG, {iterations} iterations, 0.01, one batch",
