@@ -1,0 +1,1 @@
+"""Two small trainings repeated on subsets of their examples, for ``influence_lds.py``: data, models, truths."""
