@@ -60,7 +60,8 @@ def main() -> None:
     rows = [row_of(name, ranking, figures) for name, of in pooled.items() for ranking, figures in of.items()]
     held = {f"{name}: {label}": figure for name, of in pooled.items() for label, figure in checks(of).items()}
     notes = [f"{name}: {len(runs)} seeds of {len(runs[0][RANDOM]['MRR'])} queries" for name, runs in found.items()]
-    report.publish("fact_tracing", rows, held, quick=options.quick or options.cases is not None, notes=notes)
+    notes += [f"{name}: not run" for name in CASES if name not in names]
+    report.publish("fact_tracing", rows, held, quick=options.quick, notes=notes)
     if options.quick:
         assert pooled[FACTS][MIXED]["MRR"].mean() > 2 * pooled[FACTS][RANDOM]["MRR"].mean(), "no better than chance"
 
