@@ -101,7 +101,7 @@ class StreamedStage:
     def parts(self, title: str, where: Where | None = None) -> Iterator[Part]:
         """The rows of one version in each part of the ledger, none of which is read yet."""
         self.left_out, self.raw = {}, 0
-        rates, corrected = _rates(self.reader), bool(self.reader.meta["versions"])
+        rates, corrected = self.rates, bool(self.reader.meta["versions"])
         passes = None if where is None else where.of_stage(self.sources)
         blocks = self.reader.rows()
         total = len(self.reader.parts())
@@ -117,6 +117,11 @@ class StreamedStage:
                 elif len(at):
                     self.raw += raw * len(at)
                     yield Part(block, at, int(version), rates, self.keep)
+
+    @cached_property
+    def rates(self) -> np.ndarray:
+        """Learning rates by step number."""
+        return _rates(self.reader)
 
     @cached_property
     def described(self) -> pa.Table:

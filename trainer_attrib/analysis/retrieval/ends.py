@@ -22,12 +22,13 @@ class Plan:
     """
 
     def __init__(self) -> None:
-        self.visits, self._blocks = Visits(), 0
+        self.visits, self.numbers, self._blocks = Visits(), list[np.ndarray](), 0
         self._first, self._last = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def add(self, table: pa.Table) -> None:
         """Count a part's rows, in the order in which parts will be scored."""
         numbers_N = self.visits.add(table)
+        self.numbers.append(numbers_N)
         grow = len(self.visits.index) - len(self._first)
         self._first = np.pad(self._first, (0, grow), constant_values=self._blocks)
         self._last = np.pad(self._last, (0, grow))
@@ -62,7 +63,7 @@ class Ends:
     """
 
     def __init__(self, plan: Plan, queries: int, keep: int, sums: bool) -> None:
-        self._visits, self._keep, self._sums = plan.visits, keep, sums
+        self._visits, self._numbers, self._sums = plan.visits, iter(plan.numbers), sums
         self._ids = np.array(list(plan.visits.index), dtype=object)
         self._left = plan.visits.counts.copy()
         self._slots = np.full(len(self._left), -1, np.int64)
@@ -72,7 +73,7 @@ class Ends:
 
     def add(self, table: pa.Table, scores_QN: np.ndarray) -> None:
         """See :meth:`Collector.add`."""
-        numbers_N = self._visits.numbers(table)
+        numbers_N = next(self._numbers)
         here, visits = np.unique(numbers_N, return_counts=True)
         new = here[self._slots[here] < 0]
         self._slots[new] = [self._free.pop() for _ in range(len(new))]
