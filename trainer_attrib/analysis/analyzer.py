@@ -21,6 +21,7 @@ from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.influence_results import Influence
+from trainer_attrib.analysis.passes import Pass, Snapshots, sketch, source_of
 from trainer_attrib.analysis.programs import Program, check_programs
 from trainer_attrib.analysis.recipes.directional import Directional
 from trainer_attrib.analysis.recipes.recipe import Question, Recipe
@@ -36,6 +37,7 @@ from trainer_attrib.analysis.timeline import Timeline
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.journal import check_same_model
 from trainer_attrib.ledger.links import describe_weights, find_link
+from trainer_attrib.ledger.passes import PassReader
 from trainer_attrib.ledger.reader import Ledger, StageReader, no_stage_ended_with
 from trainer_attrib.report.page import write_page
 from trainer_attrib.tap.names import adapter_weights, parameters_by_name
@@ -177,6 +179,7 @@ class Analyzer:
         controls: Sequence[str] = CONTROLS,
         where: Where | None = None,
         keep: int | None = None,
+        source: str | Snapshots = "training",
     ) -> Influence:
         """Scores of training examples for every query.
 
@@ -198,10 +201,12 @@ class Analyzer:
             where: conditions that recorded rows must meet, by source, step or id; others are not read.
             keep: hold the scores of so many examples at either end of each ranking only, for ledgers whose scores do
                 not fit into memory. They are the same as without it.
+            source: of rows: ``"training"``, those captured then; ``"snapshot"``, those of the given data at the stage's
+                end, or ``Snapshots(names)`` (:meth:`sketch` makes what is not there yet).
 
         Raises:
-            ConfigurationError: an unknown recipe, ``keep`` below 1, ``where`` for a recipe that reads no rows, or a
-                stage that is not in the model's lineage.
+            ConfigurationError: an unknown recipe or source, ``keep`` below 1, ``where`` for a recipe that reads no
+                rows, or a stage that is not in the model's lineage.
             NotComparableError: a stage none of whose sketched weights the model has (its adapter was merged since).
         """
         chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
@@ -215,7 +220,28 @@ class Analyzer:
             raise ConfigurationError(f"keep={keep}, at least 1 example has to be kept.", fix="correct this argument.")
         view = self._view(behaviors, programs)
         carried = None if carry is None else CarriedQueries(view, behaviors, chosen, carry)
+        if states := source_of(source):
+            self.sketch({name: data[name] for name in (data or {}) if name in {s.name for s in chosen}}, states.names)
+            chosen = [PassReader(stage, states.names) for stage in chosen]
         return influences.influence(Question(view, chosen, data or {}, carried, where, keep), recipe, controls)
+
+    def sketch(self, data: Mapping[str, Examples], snapshots: Sequence[str] = ("end",)) -> list[Pass]:
+        """Rows of given examples at recorded states of the model, for data of which training left none or too few.
+
+        They are stored in the ledger. A pass that broke off goes on where it was, a finished one costs nothing.
+
+        Args:
+            data: stage name -> examples.
+            snapshots: names of recorded states of these stages.
+
+        Raises:
+            ConfigurationError: a stage that did not lead to this model, or a pass begun over other examples.
+            StageNotFoundError: no such snapshot.
+        """
+        view = self._view([])
+        return [
+            sketch(view, self._stage(n), examples, snapshot) for n, examples in data.items() for snapshot in snapshots
+        ]
 
     def check(
         self, influence: Influence, behaviors: Sequence[Behavior], data: Mapping[str, Examples], k: int = 10

@@ -56,8 +56,7 @@ class Behavior:
     def values(self, model: nn.Module) -> Tensor:
         """The behavior of a model: one value per query, float64 [Q] on the CPU. The model is left as it was."""
         with _evaluating(model), torch.no_grad():
-            batches = [self.values_from(model, first) for first in self.batches()]
-        return torch.cat(batches).double().cpu()
+            return torch.cat([self.values_from(model, first) for first in self.batches()]).double().cpu()
 
     def value_of(self, model: nn.Module, query: int) -> Tensor:
         """One query's value, 0-dim, with its gradient. The caller puts the model in evaluation mode."""

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer_attrib.analysis.behavior import Behavior, evaluating
-from trainer_attrib.analysis.curvature import gradients_of
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.errors import AnalysisError
-from trainer_attrib.tap.module_tap import ModuleTap
+from trainer_attrib.tap.asking_tap import AskingTap
 from trainer_attrib.tap.names import parameters_by_name
 from trainer_attrib.tap.projections import Projections
 from trainer_attrib.tap.record import Record
@@ -31,13 +30,13 @@ class GradientRows:
     def __init__(self, model: nn.Module, projections: Projections, record: type[Record] = Record) -> None:
         self._model = model
         self._weights = [parameters_by_name(model)[weight.name] for weight in projections.plan.weights]
-        self._tap = ModuleTap(model, projections.plan, projections, _raise, record)
+        self._tap = AskingTap(model, projections.plan, projections, _raise, record)
 
     @contextmanager
     def opened(self) -> Iterator[GradientRows]:
         """Hooks are attached inside the block."""
         # Compiled code gives sketches to `backward` only, and is not worth compiling for this.
-        with evaluating(self._model), gradients_of(self._weights), torch.compiler.set_stance("force_eager"):
+        with evaluating(self._model), _alone(self._model, self._weights), torch.compiler.set_stance("force_eager"):
             self._tap.attach()
             try:
                 yield self
@@ -89,7 +88,20 @@ class GradientRows:
                 cause="it detaches, rounds or samples.",
                 fix="influence needs a differentiable measure; for stage effects any measure will do.",
             )
-        torch.autograd.grad(value, self._weights, allow_unused=True)  # only its hooks matter
+        self._tap.backward(value)
+
+
+@contextmanager
+def _alone(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """These weights are all that has gradients, inside the block."""
+    before, alone = {parameter: parameter.requires_grad for parameter in model.parameters()}, {*map(id, weights)}
+    for parameter in before:
+        parameter.requires_grad_(id(parameter) in alone)
+    try:
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
 
 
 def _raise(fault: Exception) -> None:

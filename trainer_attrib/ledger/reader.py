@@ -20,6 +20,7 @@ from trainer_attrib.ledger.schema import (
     WEIGHTS,
     check_format,
     check_names,
+    pass_part,
 )
 from trainer_attrib.ledger.storage import Storage, digest
 from trainer_attrib.ledger.stored import StageTensors
@@ -103,6 +104,10 @@ class StageReader(StageTensors):
         """Bytes of the sealed parts and of the snapshots stored in this stage."""
         return sum(entry["bytes"] for _, entry in self._sealed())
 
+    def row_parts(self) -> int:
+        """In how many parts :meth:`rows` come."""
+        return len(self.parts())
+
     def rows(self) -> Iterator[RowBlock]:
         """Example rows, part by part.
 
@@ -165,7 +170,14 @@ class StageReader(StageTensors):
         """Every file that is stored in this stage, with its length and checksum."""
         parts = [file for part in self.parts() for file in part["files"].items()]
         own = [(path, entry) for _, path, entry in self._tensor_files() if not entry.get("stored_in")]
-        return parts + [(path.removeprefix(f"{self._folder}/"), entry) for path, entry in own]
+        return [*parts, *((path.removeprefix(f"{self._folder}/"), entry) for path, entry in own), *self._passes()]
+
+    def _passes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for snapshot in self._storage.names(f"{self._folder}/passes"):
+            begun = self._storage.exists(f"{self._folder}/passes/{snapshot}/pass.json")
+            found = self._storage.read_json(f"{self._folder}/passes/{snapshot}/pass.json") if begun else {"parts": []}
+            for part in found["parts"]:
+                yield from ((f"passes/{snapshot}/{pass_part(name)}", entry) for name, entry in part["files"].items())
 
     def _all(self, kind: str, schema: pa.Schema) -> pa.Table:
         tables = []

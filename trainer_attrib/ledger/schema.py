@@ -65,6 +65,7 @@ STEPS = pa.schema(
 EXAMPLES = pa.schema([("example", pa.string()), ("source", pa.string()), ("text", pa.string())])
 
 _PART_NAME = re.compile(r"(rows|steps|examples)/part-[0-9]{4}-[0-9]{6}\.(parquet|f16|f32)")
+_PASS_NAME = re.compile(r"part-[0-9]{6}\.(parquet|raw)")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -111,6 +112,17 @@ def check_format(data: dict[str, Any], where: str) -> None:
 def part_name(kind: str, rank: int, part: int, suffix: str) -> str:
     """Relative name of a part's file inside its stage."""
     return f"{kind}/part-{rank:04d}-{part:06d}.{suffix}"
+
+
+def pass_part(name: str) -> str:
+    """The name of a file of a pass, if it can be one.
+
+    Raises:
+        LedgerFormatError: it could lead out of the pass's folder.
+    """
+    if not _PASS_NAME.fullmatch(name):
+        raise LedgerFormatError(f"A pass lists a file '{name}'.", cause="pass.json was edited or damaged.")
+    return name
 
 
 def snapshot_name(name: str) -> str:

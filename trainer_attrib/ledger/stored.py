@@ -25,6 +25,19 @@ class StageTensors(Shadowed):
         self.meta = storage.read_json(f"{self._folder}/stage.json")
         check_format(self.meta, storage.path(f"{self._folder}/stage.json"))
 
+    @property
+    def storage(self) -> Storage:
+        """Where the ledger is."""
+        return self._storage
+
+    def snapshot_step(self, name: str) -> int:
+        """The optimizer step after which a snapshot was taken.
+
+        Raises:
+            StageNotFoundError: no such snapshot.
+        """
+        return int(self._snapshot(name)["step"])
+
     def snapshot(self, name: str) -> dict[str, Tensor]:
         """Trainable weights at ``"start"``, ``"end"`` or inside the stage.
 

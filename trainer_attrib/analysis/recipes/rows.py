@@ -104,7 +104,7 @@ class StreamedStage:
         rates, corrected = self.rates, bool(self.reader.meta["versions"])
         passes = None if where is None else where.of_stage(self.sources)
         blocks = self.reader.rows()
-        total = len(self.reader.parts())
+        total = self.reader.row_parts()
         for block in tqdm(blocks, desc=f"{title} {self.reader.name}", total=total, leave=False, disable=None):
             versions, complete = block.table["version"].to_numpy(), block.table["complete"].to_numpy()
             wanted = np.ones(len(versions), bool) if passes is None else passes(block.table)

@@ -1,0 +1,146 @@
+"""Rows of given examples at a snapshot of a stage, stored beside the rows that training left."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer_attrib.errors import ConfigurationError, CorruptPartError, StageNotFoundError
+from trainer_attrib.ledger.reader import RowBlock, StageReader
+from trainer_attrib.ledger.schema import EXAMPLES, FORMAT, ROWS, check_format
+from trainer_attrib.ledger.storage import digest
+
+
+class PassFiles:
+    """One pass: a folder ``stages/STAGE/passes/SNAPSHOT`` with ``pass.json`` and the parts that it lists.
+
+    A part's files are written before the part is listed, so a pass that broke off is one of fewer examples, and goes on
+    there.
+    """
+
+    def __init__(self, stage: StageReader, snapshot: str) -> None:
+        stage.snapshot_step(snapshot)  # refuses what is not recorded
+        self.stage, self.snapshot = stage, snapshot
+        self._storage, self._folder = stage.storage, f"stages/{stage.name}/passes/{snapshot}"
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """``pass.json``; empty before the pass began."""
+        name = f"{self._folder}/pass.json"
+        if not self._storage.exists(name):
+            return {}
+        found = self._storage.read_json(name)
+        check_format(found, self._storage.path(name))
+        return found
+
+    @property
+    def rows(self) -> int:
+        """How many examples have their rows."""
+        return sum(part["rows"] for part in self.meta.get("parts", []))
+
+    def begin(self, data: str, version: int, dtype: str, examples: pa.Table) -> None:
+        """Say what the rows are of, or check that it is the same as when the pass began.
+
+        Args:
+            data: fingerprint of the examples and their order.
+            version: of the second moments that scale the rows.
+            dtype: of the sketches.
+            examples: with the columns of the ledger's examples.
+
+        Raises:
+            ConfigurationError: the pass was begun over other examples.
+        """
+        if known := self.meta:
+            if known["data"] != data:
+                raise ConfigurationError(
+                    f"The pass of stage '{self.stage.name}' at '{self.snapshot}' was begun over other examples "
+                    f"({known['examples']}) than are given now ({examples.num_rows}).",
+                    cause="texts, ids or their order changed since.",
+                    fix=f"pass the same examples, or remove {self._storage.path(self._folder)}.",
+                )
+            return
+        self._storage.write(f"{self._folder}/examples.parquet", _parquet(examples))
+        head = {"format": FORMAT, "data": data, "version": version, "dtype": dtype, "examples": examples.num_rows}
+        self._storage.write_json(f"{self._folder}/pass.json", {**head, "parts": []})
+
+    def add(self, table: pa.Table, sketches: np.ndarray) -> None:
+        """Store the rows of some more examples, [N, width] of unit norm."""
+        meta = self.meta
+        name, dtype = f"part-{len(meta['parts']):06d}", meta["dtype"]
+        raw = np.ascontiguousarray(sketches, dtype).tobytes()
+        files = {
+            f"{name}.parquet": self._storage.write(f"{self._folder}/{name}.parquet", _parquet(table.cast(ROWS))),
+            f"{name}.raw": self._storage.write(f"{self._folder}/{name}.raw", raw),
+        }
+        meta["parts"].append({"rows": table.num_rows, "files": files})
+        self._storage.write_json(f"{self._folder}/pass.json", meta)
+
+    def examples(self) -> pa.Table:
+        """All examples of the pass."""
+        return pq.read_table(io.BytesIO(self._storage.read(f"{self._folder}/examples.parquet")))
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """Rows, part by part.
+
+        Raises:
+            CorruptPartError: a file does not have the length, or a table not the checksum, that was sealed.
+        """
+        meta = self.meta
+        for number, part in enumerate(meta["parts"]):
+            table, raw = (f"{self._folder}/part-{number:06d}.{suffix}" for suffix in ("parquet", "raw"))
+            data = self._storage.read(table)
+            sealed = {name.rsplit(".")[-1]: entry for name, entry in part["files"].items()}
+            if digest(data) != sealed["parquet"]["blake2b"] or self._storage.size(raw) != sealed["raw"]["bytes"]:
+                raise CorruptPartError(
+                    f"Part {number} in {self._storage.path(self._folder)} is not what was sealed.",
+                    cause="a file was truncated or changed since.",
+                    fix="remove this folder, and make the pass again.",
+                )
+            yield RowBlock(pq.read_table(io.BytesIO(data)), self._storage.array(raw, meta["dtype"], self.stage.width))
+
+
+class PassReader(StageReader):
+    """A stage whose rows are those of finished passes at some of its snapshots, instead of those of training.
+
+    Raises:
+        StageNotFoundError: a snapshot has no finished pass.
+    """
+
+    def __init__(self, stage: StageReader, snapshots: Sequence[str]) -> None:
+        super().__init__(stage.storage, stage.name)
+        self._passes = [PassFiles(stage, snapshot) for snapshot in snapshots]
+        for made in self._passes:
+            if not made.meta or made.rows < made.meta["examples"]:
+                raise StageNotFoundError(
+                    f"Stage '{stage.name}' has no finished pass at '{made.snapshot}': rows of {made.rows} examples.",
+                    cause="it was not made, or broke off.",
+                    fix="make it, or go on with it, by analyzer.sketch(data, snapshots) or `trainer-attrib sketch`.",
+                )
+        whole = {"sample": 1.0, "every_n_steps": 1, "dtype": self._passes[0].meta["dtype"]}
+        self.meta = {**self.meta, "sketch": {**self.meta["sketch"], **whole}}
+
+    def row_parts(self) -> int:
+        """Over all passes."""
+        return sum(len(made.meta["parts"]) for made in self._passes)
+
+    def rows(self) -> Iterator[RowBlock]:
+        """Rows of every example, once for each snapshot; their step is the snapshot's."""
+        for made in self._passes:
+            yield from made.blocks()
+
+    def examples(self) -> pa.Table:
+        """Every example once: example, source, text."""
+        found = pa.concat_tables([made.examples() for made in self._passes]).cast(EXAMPLES)
+        first = np.unique(found["example"].to_numpy(zero_copy_only=False), return_index=True)[1]
+        return found.take(np.sort(first))
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
