@@ -27,7 +27,7 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_the_flags_are_frozen(capsys):
     """A flag that changes breaks somebody's script."""
     flags = {}
-    for command in ("demo", "inspect", "verify"):
+    for command in ("demo", "inspect", "sketch", "verify"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         words = capsys.readouterr().out.replace(",", " ").replace("[", " ").replace("]", " ").split()
@@ -35,5 +35,6 @@ def test_the_flags_are_frozen(capsys):
     assert flags == {
         "demo": ["--debug", "--help", "--json", "--out", "--seed"],
         "inspect": ["--debug", "--help", "--json"],
+        "sketch": ["--batch-size", "--data", "--debug", "--help", "--json", "--model", "--snapshots", "--stage"],
         "verify": ["--debug", "--help", "--json"],
     }

@@ -1,4 +1,4 @@
-"""The command line: ``trainer-attrib demo | inspect | verify``.
+"""The command line: ``trainer-attrib demo | inspect | sketch | verify``.
 
 Exit codes: 0 done, 1 the ledger has problems (``verify``), 2 wrong use or an error this library raises on purpose.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from trainer_attrib.errors import MissingExtraError, TrainerAttribError
@@ -42,8 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of the data and the initial weights (default: %(default)s)")
     inspect = _command(commands, "inspect", "print the tree of stages with steps, examples and sizes", _inspect)
     verify = _command(commands, "verify", "check every sealed file against its length and checksum", _verify)
-    for command in (inspect, verify):
+    sketch = _command(commands, "sketch", "rows of given examples at recorded snapshots, stored in the ledger", _sketch)
+    for command in (inspect, verify, sketch):
         command.add_argument("ledger", help="directory or URL given to the callback")
+    sketch.add_argument("--model", required=True, help="folder of the trained model and its tokenizer")
+    sketch.add_argument("--stage", required=True, help="that was trained on the examples")
+    sketch.add_argument("--data", required=True, help="JSON lines: a text, or a prompt and a completion; id, source")
+    sketch.add_argument("--snapshots", nargs="+", default=["end"], help="names of recorded states (default: end)")
+    sketch.add_argument("--batch-size", type=int, default=8, help="examples in one pass (default: %(default)s)")
     return parser
 
 
@@ -74,6 +81,23 @@ def _inspect(options: argparse.Namespace) -> int:
 
     found = overview(Ledger(options.ledger))
     print(json.dumps(found, indent=1) if options.json else "\n".join(tree_lines(found)))
+    return 0
+
+
+def _sketch(options: argparse.Namespace) -> int:
+    try:
+        from trainer_attrib.integrations.given_data import load_model, read_examples
+    except ImportError as error:
+        raise MissingExtraError(error.name or str(error), "huggingface") from None
+    from trainer_attrib.analysis.analyzer import Analyzer
+
+    model, tokenizer = load_model(options.model)
+    data = {options.stage: read_examples(options.data, tokenizer, options.batch_size)}
+    made = Analyzer(options.ledger, model).sketch(data, options.snapshots)
+    if options.json:
+        print(json.dumps([asdict(one) for one in made], indent=1))
+    for one in () if options.json else made:
+        print(f"{one.stage} at {one.snapshot}: rows of {one.examples:,} examples, {one.bytes_per_example:,} bytes each")
     return 0
 
 

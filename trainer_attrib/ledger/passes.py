@@ -64,9 +64,9 @@ class PassFiles:
                     fix=f"pass the same examples, or remove {self._storage.path(self._folder)}.",
                 )
             return
-        self._storage.write(f"{self._folder}/examples.parquet", _parquet(examples))
+        sealed = self._storage.write(f"{self._folder}/examples.parquet", _parquet(examples))
         head = {"format": FORMAT, "data": data, "version": version, "dtype": dtype, "examples": examples.num_rows}
-        self._storage.write_json(f"{self._folder}/pass.json", {**head, "parts": []})
+        self._storage.write_json(f"{self._folder}/pass.json", {**head, "sealed": sealed, "parts": []})
 
     def add(self, table: pa.Table, sketches: np.ndarray) -> None:
         """Store the rows of some more examples, [N, width] of unit norm."""

@@ -174,8 +174,10 @@ class StageReader(StageTensors):
 
     def _passes(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for snapshot in self._storage.names(f"{self._folder}/passes"):
-            begun = self._storage.exists(f"{self._folder}/passes/{snapshot}/pass.json")
-            found = self._storage.read_json(f"{self._folder}/passes/{snapshot}/pass.json") if begun else {"parts": []}
+            if not self._storage.exists(f"{self._folder}/passes/{snapshot}/pass.json"):
+                continue  # it died being begun
+            found = self._storage.read_json(f"{self._folder}/passes/{snapshot}/pass.json")
+            yield f"passes/{snapshot}/examples.parquet", found["sealed"]
             for part in found["parts"]:
                 yield from ((f"passes/{snapshot}/{pass_part(name)}", entry) for name, entry in part["files"].items())
 

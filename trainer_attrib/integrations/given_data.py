@@ -1,0 +1,4 @@
+"""Models and examples as the command line is given them."""
+
+from trainer_attrib_integrations.given_data import load_model as load_model
+from trainer_attrib_integrations.given_data import read_examples as read_examples
