@@ -52,8 +52,8 @@ def read_examples(file: str, tokenizer: Any, batch_size: int) -> Examples:
         "batch_size": batch_size,
     }
     if all(pairs):
-        texts = [[row[key] for _, row in rows] for key in ("prompt", "completion")]
-        return Examples.of_pairs(*texts, tokenizer, **about)
+        prompts, completions = ([row[key] for _, row in rows] for key in ("prompt", "completion"))
+        return Examples.of_pairs(prompts, completions, tokenizer, **about)
     return Examples.of_texts([row["text"] for _, row in rows], tokenizer, **about)
 
 

@@ -221,7 +221,8 @@ class Analyzer:
         view = self._view(behaviors, programs)
         carried = None if carry is None else CarriedQueries(view, behaviors, chosen, carry)
         if states := source_of(source):
-            self.sketch({name: data[name] for name in (data or {}) if name in {s.name for s in chosen}}, states.names)
+            scored = {stage.name for stage in chosen}
+            self.sketch({name: given for name, given in (data or {}).items() if name in scored}, states.names)
             chosen = [PassReader(stage, states.names) for stage in chosen]
         return influences.influence(Question(view, chosen, data or {}, carried, where, keep), recipe, controls)
 

@@ -113,29 +113,29 @@ class PassReader(StageReader):
 
     def __init__(self, stage: StageReader, snapshots: Sequence[str]) -> None:
         super().__init__(stage.storage, stage.name)
-        self._passes = [PassFiles(stage, snapshot) for snapshot in snapshots]
-        for made in self._passes:
+        self._made = [PassFiles(stage, snapshot) for snapshot in snapshots]
+        for made in self._made:
             if not made.meta or made.rows < made.meta["examples"]:
                 raise StageNotFoundError(
                     f"Stage '{stage.name}' has no finished pass at '{made.snapshot}': rows of {made.rows} examples.",
                     cause="it was not made, or broke off.",
                     fix="make it, or go on with it, by analyzer.sketch(data, snapshots) or `trainer-attrib sketch`.",
                 )
-        whole = {"sample": 1.0, "every_n_steps": 1, "dtype": self._passes[0].meta["dtype"]}
+        whole = {"sample": 1.0, "every_n_steps": 1, "dtype": self._made[0].meta["dtype"]}
         self.meta = {**self.meta, "sketch": {**self.meta["sketch"], **whole}}
 
     def row_parts(self) -> int:
         """Over all passes."""
-        return sum(len(made.meta["parts"]) for made in self._passes)
+        return sum(len(made.meta["parts"]) for made in self._made)
 
     def rows(self) -> Iterator[RowBlock]:
         """Rows of every example, once for each snapshot; their step is the snapshot's."""
-        for made in self._passes:
+        for made in self._made:
             yield from made.blocks()
 
     def examples(self) -> pa.Table:
         """Every example once: example, source, text."""
-        found = pa.concat_tables([made.examples() for made in self._passes]).cast(EXAMPLES)
+        found = pa.concat_tables([made.examples() for made in self._made]).cast(EXAMPLES)
         first = np.unique(found["example"].to_numpy(zero_copy_only=False), return_index=True)[1]
         return found.take(np.sort(first))
 

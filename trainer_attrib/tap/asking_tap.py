@@ -68,6 +68,8 @@ class AskingTap(ModuleTap):
 def _produced(output: Tensor) -> GradientEdge:
     """Where the gradient arrives, also if an in-place operation replaces the view that the output is."""
     node = output.grad_fn
-    if output._is_view() and node is not None and node.next_functions and node.next_functions[0][0] is not None:
-        return GradientEdge(*node.next_functions[0])
+    if output._is_view() and node is not None and node.next_functions:
+        producer, number = node.next_functions[0]
+        if producer is not None:
+            return GradientEdge(producer, number)
     return get_gradient_edge(output)
