@@ -71,6 +71,10 @@ class SketchConfig:
         correction: ``"factored"`` folds AdamW's second moments into the projections, ``"none"`` keeps raw gradients.
         dtype: of the unit-norm rows on disk; norms are always float32.
         seed: of the projections.
+        blocks: None: every weight has columns of its own. Otherwise weights whose sketches have the same shape are put
+            into at most so many blocks, neighbors together, and the sketches in a block are added up, so that rows do
+            not grow with the model's depth (Chang et al. 2024, "TrackStar", appendix A.1). Every weight has
+            projections of its own, so products of rows stay those of the gradients in expectation, with more noise.
 
     Raises:
         ConfigurationError: a value that cannot work.
@@ -84,8 +88,10 @@ class SketchConfig:
     correction: str = "factored"
     dtype: str = "float16"
     seed: int = 0
+    blocks: int | None = None
 
     def __post_init__(self) -> None:
+        _require(self.blocks is None or self.blocks >= 1, f"blocks={self.blocks}", "None or at least 1")
         _require(1 <= self.rank <= 1024, f"rank={self.rank}", "an integer from 1 to 1024")
         _require(self.every_n_steps >= 1, f"every_n_steps={self.every_n_steps}", "at least 1")
         _require(0 < self.sample <= 1, f"sample={self.sample}", "a share above 0 and at most 1")

@@ -97,7 +97,7 @@ def _fill(
                 for theirs, ours in spans:
                     sketches[at : at + len(batch), theirs] = found[:, ours]
                 bar.update(len(batch))
-            unit_NK, norms_N = unit_rows(sketches)
+            unit_NK, norms_N = unit_rows(whole.pool(sketches))
             files.add(_table(examples, positions, norms_N, version, step), unit_NK.numpy())
 
 

@@ -50,7 +50,7 @@ def sketch_queries(model: nn.Module, stage: StageReader, version: int, behaviors
     sketched = torch.zeros(len(rows), whole.width)
     for weight, part in zip((w for w in whole.weights if w.name in _names(plan)), plan.weights, strict=True):
         sketched[:, weight.span] = torch.stack(rows)[:, part.span]
-    return sketched * kept_columns(model, stage) / projections.unit**2
+    return whole.pool(sketched * kept_entries(model, stage)) / projections.unit**2
 
 
 def sketch_vectors(
@@ -83,7 +83,7 @@ def sketch_vectors(
         for row, vector in zip(sketched, vectors, strict=True):
             bias = part(vector, weight.bias) if weight.bias else None
             row[weight.span] = projections.sketch(weight, part(vector, weight.name), bias).flatten().float().cpu()
-    return sketched * kept_columns(model, stage) / projections.unit**2
+    return whole.pool(sketched * kept_entries(model, stage)) / projections.unit**2
 
 
 def missing_weights(model: nn.Module, stage: StageReader) -> list[str]:
@@ -125,7 +125,14 @@ def _sketch(tap: ModuleTap, model: nn.Module, weights: list[nn.Parameter], behav
 
 
 def kept_columns(model: nn.Module, stage: StageReader) -> Tensor:
-    """1 for the columns of a stage's rows that are compared with the model's gradients, 0 for the others: [width]."""
+    """1 for the columns of a stage's rows that are compared with the model's gradients, 0 for the others: [width]. A
+    block of which some weights are compared is, as a whole."""
+    pooled = SketchPlan.from_dict(stage.meta["plan"]).pool(kept_entries(model, stage)[None])[0]
+    return (pooled > 0).float()
+
+
+def kept_entries(model: nn.Module, stage: StageReader) -> Tensor:
+    """The same for the entries of a sketch, before weights are pooled: [width of the plan]."""
     plan = SketchPlan.from_dict(stage.meta["plan"])
     keep = torch.ones(plan.width)
     left_out = {*(stage.meta["coverage"] or {}).get("partial", {}), *_missing(model, plan, stage)}

@@ -25,11 +25,12 @@ from trainer_attrib.analysis.effects.estimate import Method, estimate
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.effects.slopes import gradients, inner
-from trainer_attrib.analysis.query_sketches import sketch_vectors
+from trainer_attrib.analysis.query_sketches import kept_entries, sketch_vectors
 from trainer_attrib.analysis.tables import aligned
 from trainer_attrib.errors import NotComparableError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.names import parameters_by_name
+from trainer_attrib.tap.plan import SketchPlan
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,9 +141,10 @@ def _sketched_steps(model: nn.Module, stage: StageReader, raw_K: Tensor) -> dict
             fix="record the stage again, or ask for the whole stage's effect.",
         )
     before = sketch_vectors(model, stage, 0, [stage.snapshot("start")])[0]
+    plan, kept = SketchPlan.from_dict(stage.meta["plan"]), kept_entries(model, stage)
     found = {}
     for row in rows:
-        after = torch.from_numpy(np.frombuffer(row["projected_weights"], np.float32).copy())
+        after = plan.pool(torch.from_numpy(np.frombuffer(row["projected_weights"], np.float32).copy())[None] * kept)[0]
         found[row["step"]] = float(raw_K @ (after - before))
         before = after
     return found

@@ -41,7 +41,7 @@ def stage_facts(
         "sketch": sketch.to_dict(),
         "correction_unavailable": _why_raw(optimizers, sketch),
         "plan": plan.to_dict(),
-        "width": plan.width,
+        "width": plan.row_width,
         "coverage": None,
         "overhead": None,
         "versions_of": _software(),
@@ -61,7 +61,7 @@ def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: di
     layers = sum(len(w.modules) for w in plan.weights)
     lines = [
         f"stage '{stage}' ({Link.of(meta)}): {len(plan.weights)} weights in {layers} layers, "
-        f"{plan.width * width / 1024:.1f} KiB per example{of_sample}, expected overhead at least "
+        f"{plan.row_width * width / 1024:.1f} KiB per example{of_sample}, expected overhead at least "
         f"{100 * flop_share(plan) / sketch.every_n_steps:.1f}% of the matrix products"
     ]
     lines += [

@@ -131,7 +131,7 @@ class StepRecorder:
         self._audited = [w for w in self.weights if w.name not in report.partial]
         self._keep = checks.keep_columns(stage.plan, self._audited, captured)
         fire = report.expected - len(report.silent)
-        self._rows = RowMaker(fire, stage.sketch, stage.describe, stage.processes.rank, self._open.seen)
+        self._rows = RowMaker(fire, stage.sketch, stage.plan, stage.describe, stage.processes.rank, self._open.seen)
         self._open.reports[self._number] = report
         report = checks.merged(self._open.reports.values())
         self._open.journal.update(coverage=report.to_dict())

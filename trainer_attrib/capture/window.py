@@ -16,7 +16,7 @@ from trainer_attrib.capture.messages import logger
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.numerics.sketching import unit_rows
-from trainer_attrib.tap.plan import WeightPlan
+from trainer_attrib.tap.plan import SketchPlan, WeightPlan
 from trainer_attrib.tap.record import Record
 from trainer_attrib.types import SketchConfig
 
@@ -151,6 +151,7 @@ class RowMaker:
 
     expected: int  # modules that fire in a complete pass
     sketch: SketchConfig
+    plan: SketchPlan
     describe: Describe | None
     rank: int = 0
     seen: set[str] = field(default_factory=set)
@@ -174,7 +175,7 @@ class RowMaker:
         ids = _ids(micro)
         kept = [row for row, example in enumerate(ids) if sampled(example, self.sketch.sample)]
         sketches = micro.record.sketches if len(kept) == len(ids) else micro.record.sketches[kept]
-        unit, norms = unit_rows(sketches if keep is None else sketches * keep)
+        unit, norms = unit_rows(self.plan.pool(sketches if keep is None else sketches * keep))
         denominator, source = measured_denominator(micro, window)
         tokens = None if micro.tokens is None else _per_example(micro).tolist()
         shared = {

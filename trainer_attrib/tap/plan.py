@@ -58,17 +58,57 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class SketchPlan:
-    """The weights of a row, in order, and why every other trainable parameter is not part of it."""
+    """The weights of a sketch, in order, and why every other trainable parameter is not part of it.
+
+    A stored row is the sketch itself or, with ``blocks``, the pooled one: sketches of weights in a block added up.
+    """
 
     weights: tuple[WeightPlan, ...]
     uncovered: dict[str, str]
     rank: int
     seed: int
+    blocks: int | None = None
 
     @property
     def width(self) -> int:
-        """Numbers per row."""
+        """Numbers per sketch."""
         return sum(weight.size for weight in self.weights)
+
+    @property
+    def row_width(self) -> int:
+        """Numbers per stored row."""
+        return sum(span.stop - span.start for span in self.row_spans)
+
+    @property
+    def row_spans(self) -> list[slice]:
+        """Columns of a stored row that belong together: a weight's, or those of a block."""
+        return sorted({(s.start, s.stop): s for s in self._places.values()}.values(), key=lambda span: span.start)
+
+    @property
+    def _places(self) -> dict[str, slice]:
+        """Columns of a stored row that each weight is in."""
+        if self.blocks is None:
+            return {weight.name: weight.span for weight in self.weights}
+        alike: dict[tuple[int, int], list[WeightPlan]] = {}
+        for weight in self.weights:
+            alike.setdefault((weight.left, weight.right), []).append(weight)
+        places, first = {}, 0
+        for same in alike.values():
+            count = min(self.blocks, len(same))
+            for number, weight in enumerate(same):
+                begin = first + number * count // len(same) * weight.size
+                places[weight.name] = slice(begin, begin + weight.size)
+            first += count * same[0].size
+        return places
+
+    def pool(self, sketches_NK: Tensor) -> Tensor:
+        """Stored rows of sketches, [N, row_width]."""
+        if self.blocks is None:
+            return sketches_NK
+        rows_NR, places = sketches_NK.new_zeros(len(sketches_NK), self.row_width), self._places
+        for weight in self.weights:
+            rows_NR[:, places[weight.name]] += sketches_NK[:, weight.span]
+        return rows_NR
 
     def of_weights(self, names: Container[str]) -> SketchPlan:
         """The plan of some of the weights, whose columns follow each other anew."""
@@ -90,13 +130,13 @@ class SketchPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "blocks" or value is not None}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> SketchPlan:
         """Inverse of :meth:`to_dict`."""
         weights = tuple(WeightPlan(**{**w, "modules": tuple(w["modules"])}) for w in data["weights"])
-        return SketchPlan(weights, dict(data["uncovered"]), int(data["rank"]), int(data["seed"]))
+        return SketchPlan(weights, dict(data["uncovered"]), int(data["rank"]), int(data["seed"]), data.get("blocks"))
 
 
 def plan_sketch(model: nn.Module, config: SketchConfig, owners: Mapping[int, int] | None = None) -> SketchPlan:
@@ -124,7 +164,7 @@ def plan_sketch(model: nn.Module, config: SketchConfig, owners: Mapping[int, int
         raise _nothing_to_capture(model, config, reasons)
     covered = {w.name for w in weights} | {w.bias for w in weights}
     uncovered = {name: reasons.get(name, "no captured module owns it") for name in sorted(trainable.keys() - covered)}
-    return SketchPlan(tuple(weights), uncovered, config.rank, config.seed)
+    return SketchPlan(tuple(weights), uncovered, config.rank, config.seed, config.blocks)
 
 
 def _uses_of_weights(

@@ -40,7 +40,7 @@ class Fisher:
 
     def prepare(self, stage: StreamedStage, sketch: Callable[[int], Tensor]) -> Score:
         """Fit R in one stream over the rows."""
-        spans = [weight.span for weight in SketchPlan.from_dict(stage.reader.meta["plan"]).weights]
+        spans = SketchPlan.from_dict(stage.reader.meta["plan"]).row_spans
         moments = training_moments(stage, spans)[0]
         inverses = [damped_inverse(moment_KK, self.damping) for moment_KK in moments.means()]
         queries: dict[int, Tensor] = {}

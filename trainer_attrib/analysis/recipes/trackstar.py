@@ -53,7 +53,7 @@ class TrackStar:
 
     def prepare(self, stage: StreamedStage, sketch: Callable[[int], Tensor]) -> Score:
         """Fit R in one stream over the rows."""
-        spans = [weight.span for weight in SketchPlan.from_dict(stage.reader.meta["plan"]).weights]
+        spans = SketchPlan.from_dict(stage.reader.meta["plan"]).row_spans
         train, last = training_moments(stage, spans)
         task = SecondMoments(spans)
         task.add(unit_rows(sketch(last))[0])  # queries count alike, whatever their gradient's norm
