@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -60,6 +61,11 @@ def main(how: str, ledger: str, weights: str, fault: str = "") -> None:
     if rank == 0:
         save_file({name: value.detach().contiguous() for name, value in values.items()}, weights)
     if how != "alone":
+        dist.barrier()
+        # DDP is part of a cycle: left to the interpreter's end, it may let go of the group's threads after their time, and
+        # the process aborts ("terminate called without an active exception").
+        del trained, optimizer, recorder
+        gc.collect()
         dist.destroy_process_group()
 
 
