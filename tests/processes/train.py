@@ -62,8 +62,8 @@ def main(how: str, ledger: str, weights: str, fault: str = "") -> None:
         save_file({name: value.detach().contiguous() for name, value in values.items()}, weights)
     if how != "alone":
         dist.barrier()
-        # DDP is part of a cycle: left to the interpreter's end, it may let go of the group's threads after their time, and
-        # the process aborts ("terminate called without an active exception").
+        # DDP is part of a cycle. Left to the interpreter's end it may let go of the group's threads too late, and the
+        # process aborts ("terminate called without an active exception").
         del trained, optimizer, recorder
         gc.collect()
         dist.destroy_process_group()
