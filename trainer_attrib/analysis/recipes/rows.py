@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.query_sketches import kept_columns, missing_weights
+from trainer_attrib.analysis.recipes.proposed import near
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.retrieval.ends import Ends, Plan, together
 from trainer_attrib.analysis.retrieval.groups import StageSums
@@ -196,33 +197,42 @@ def _score_stage(recipe: RowRecipe, question: Question, reader: StageReader) -> 
             sketched[version] = question.sketches(reader, version)
         return sketched[version]
 
-    sums = StageSums(reader.name)
-    found = _collect(recipe, question, stage, recipe.prepare(stage, sketch), sums)
-    caveats = (*_streamed(stage), *_caveats(question, reader))
+    sums, score, proposed = StageSums(reader.name), recipe.prepare(stage, sketch), list[str]()
+    if question.candidates is None:
+        found = _collect(recipe, question, stage, score, question.queries, sums)
+    else:
+
+        def exact(part: Question, score: Score, queries: int) -> Found:
+            return _collect(recipe, part, stage, score, queries, StageSums(reader.name))
+
+        found, proposed = near(recipe, question, stage, score, question.candidates, exact)
+    caveats = (*_streamed(stage), *proposed, *_caveats(question, reader))
     return StageScores(_examples_of(stage, found), found.scores, caveats, found.places, sums)
 
 
-def _collect(recipe: RowRecipe, question: Question, stage: StreamedStage, score: Score, sums: StageSums) -> Found:
+def _collect(
+    recipe: RowRecipe, question: Question, stage: StreamedStage, score: Score, queries: int, sums: StageSums
+) -> Found:
     """All scores, or both ends of them; row by row they are added to the sums."""
     sources = stage.sources()
 
-    def stream(collector: AllScores | Ends, queries: slice, summing: bool) -> Found:
+    def stream(collector: AllScores | Ends, group: slice, summing: bool) -> Found:
         for part in stage.parts("scoring", question.where):
             scores_QN = np.concatenate([score(rows).numpy() for rows in part.rows()], axis=1)
-            collector.add(part.table, scores_QN[queries])
+            collector.add(part.table, scores_QN[group])
             if summing:
                 ids = part.table["example"].to_pylist()
                 sums.add([sources.get(i) for i in ids], part.table["step"].to_numpy(), scores_QN)
         return collector.found()
 
     if question.keep is None:
-        return stream(AllScores(question.queries, recipe.sums_visits), slice(None), True)
+        return stream(AllScores(queries, recipe.sums_visits), slice(None), True)
     plan = Plan()
     for part in stage.parts("counting", question.where):
         plan.add(part.table)
-    groups = plan.groups(question.queries)
+    groups = plan.groups(queries)
     ends = [
-        stream(Ends(plan, len(range(question.queries)[group]), question.keep, recipe.sums_visits), group, n == 0)
+        stream(Ends(plan, len(range(queries)[group]), question.keep, recipe.sums_visits), group, n == 0)
         for n, group in enumerate(groups)
     ]
     return together(ends)
