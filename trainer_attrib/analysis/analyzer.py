@@ -214,13 +214,7 @@ class Analyzer:
             MissingExtraError: ``candidates`` without the extra ``faiss``.
             NotComparableError: a stage none of whose sketched weights the model has (its adapter was merged since).
         """
-        chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
-        unknown = set(stages or ()) - {stage.name for stage in chosen}
-        if unknown or not chosen:
-            raise ConfigurationError(
-                f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
-                fix="choose among those.",
-            )
+        chosen = self._chosen(stages)
         if keep is not None and keep < 1:
             raise ConfigurationError(f"keep={keep}, at least 1 example has to be kept.", fix="correct this argument.")
         if candidates is not None:
@@ -322,6 +316,16 @@ class Analyzer:
             f"No stage '{name}' led to this model; these did: {[stage.name for stage in self.lineage]}.",
             fix="choose among those.",
         )
+
+    def _chosen(self, stages: Sequence[str] | None) -> list[StageReader]:
+        chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
+        unknown = set(stages or ()) - {stage.name for stage in chosen}
+        if unknown or not chosen:
+            raise ConfigurationError(
+                f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
+                fix="choose among those.",
+            )
+        return chosen
 
     def _view(self, behaviors: Sequence[Behavior], programs: Mapping[str, Program] | None = None) -> Lineage:
         return Lineage(self.model, self.lineage, self._timeline, list(behaviors), programs or {})

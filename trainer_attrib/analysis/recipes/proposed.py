@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from trainer_attrib.analysis.recipes.recipe import Question
+from trainer_attrib.analysis.recipes.rows import Exact, RowRecipe, Rows, StreamedStage
 from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss, Index
 from trainer_attrib.analysis.retrieval.visits import Found
 from trainer_attrib.analysis.retrieval.where import Where
-from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.numerics.scores import rank
-
-if TYPE_CHECKING:
-    from trainer_attrib.analysis.recipes.rows import RowRecipe, Rows, StreamedStage
 
 
 @dataclass(frozen=True)
@@ -40,38 +36,24 @@ class Products:
         """The scores."""
         return self.score(rows)
 
-
-Exact = Callable[[Question, Callable[["Rows"], Tensor], int], Found]
-"""Scans the rows of a question by a function that gives scores of so many queries."""
-
-
-def near(
-    recipe: RowRecipe, question: Question, stage: StreamedStage, score: object, finder: Faiss, exact: Exact
-) -> tuple[Found, list[str]]:
-    """Both ends of the exact ranking of what the index proposes, and what is to be said of it.
-
-    Raises:
-        ConfigurationError: the recipe's scores are not such products.
-    """
-    if not isinstance(score, Products):
-        raise ConfigurationError(
-            f"Recipe '{getattr(recipe, 'name', recipe)}' has no candidates: its score is not the product of one fixed "
-            "vector per row with one vector per query.",
-            fix="leave out `candidates`, or use trackstar, fisher, grad_cos or grad_dot.",
-        )
-    key = (recipe, question.where, stage.keep.numpy().tobytes(), stage.reader.row_parts()) if score.fixed else None
-    index = finder.index(stage.reader, key, lambda: _vectors(stage, question, score))
-    if index.said is None:
-        index.said = dict(stage.left_out), stage.raw
-    proposed = index.propose(score.queries)
-    found = exact(replace(question, where=replace(question.where or Where(), ids=proposed)), score, question.queries)
-    recall = _recall(question, index, score, finder, found, exact)
-    stage.left_out, stage.raw = index.said
-    name = stage.reader.name
-    return found, [
-        f"stage '{name}': {len(proposed)} examples proposed by an approximate index were scored; {recall}",
-        f"stage '{name}': sums over sources and steps are not known, since not all rows were scored",
-    ]
+    def near(
+        self, recipe: RowRecipe, question: Question, stage: StreamedStage, finder: Faiss, exact: Exact
+    ) -> tuple[Found, list[str]]:
+        """See :meth:`trainer_attrib.analysis.recipes.rows.Proposing.near`."""
+        shape = stage.keep.numpy().tobytes(), stage.reader.row_parts()
+        key = (recipe, question.where, *shape) if self.fixed else None
+        index = finder.index(stage.reader, key, lambda: _vectors(stage, question, self))
+        if index.said is None:
+            index.said = dict(stage.left_out), stage.raw
+        proposed = index.propose(self.queries)
+        found = exact(replace(question, where=replace(question.where or Where(), ids=proposed)), self, question.queries)
+        recall = _recall(question, index, self, finder, found, exact)
+        stage.left_out, stage.raw = index.said
+        name = stage.reader.name
+        return found, [
+            f"stage '{name}': {len(proposed)} examples proposed by an approximate index were scored; {recall}",
+            f"stage '{name}': sums over sources and steps are not known, since not all rows were scored",
+        ]
 
 
 def _vectors(stage: StreamedStage, question: Question, score: Products) -> Iterator[tuple[int, list[str], np.ndarray]]:

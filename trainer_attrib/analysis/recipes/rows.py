@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.query_sketches import kept_columns, missing_weights
-from trainer_attrib.analysis.recipes.proposed import near
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.retrieval.ends import Ends, Plan, together
+from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.analysis.retrieval.visits import AllScores, Found
 from trainer_attrib.analysis.retrieval.where import Where
+from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import RowBlock, StageReader
 from trainer_attrib.numerics.sketching import unit_rows
 
@@ -47,6 +48,9 @@ class Rows:
 Score = Callable[[Rows], Tensor]
 """Rows [N] -> scores [Q, N]."""
 
+Exact = Callable[[Question, Score, int], Found]
+"""Scans the rows of a question by a function that gives scores of so many queries."""
+
 
 class RowRecipe(Protocol):
     """What a recipe over rows says of itself."""
@@ -68,6 +72,17 @@ class RowRecipe(Protocol):
             stage: its rows may be streamed as often as is needed.
             sketch: second-moment version -> sketches of all queries in its scaling, [Q, K].
         """
+        ...
+
+
+@runtime_checkable
+class Proposing(Protocol):
+    """A :data:`Score` that an approximate index can stand in for."""
+
+    def near(
+        self, recipe: RowRecipe, question: Question, stage: StreamedStage, finder: Faiss, exact: Exact
+    ) -> tuple[Found, list[str]]:
+        """Both ends of the exact ranking of what the index proposes, and what is to be said of it."""
         ...
 
 
@@ -205,7 +220,13 @@ def _score_stage(recipe: RowRecipe, question: Question, reader: StageReader) -> 
         def exact(part: Question, score: Score, queries: int) -> Found:
             return _collect(recipe, part, stage, score, queries, StageSums(reader.name))
 
-        found, proposed = near(recipe, question, stage, score, question.candidates, exact)
+        if not isinstance(score, Proposing):
+            raise ConfigurationError(
+                f"Recipe '{getattr(recipe, 'name', recipe)}' has no candidates: its score is not the product of one "
+                "fixed vector per row with one vector per query.",
+                fix="leave out `candidates`, or use trackstar, fisher, grad_cos or grad_dot.",
+            )
+        found, proposed = score.near(recipe, question, stage, question.candidates, exact)
     caveats = (*_streamed(stage), *proposed, *_caveats(question, reader))
     return StageScores(_examples_of(stage, found), found.scores, caveats, found.places, sums)
 
