@@ -30,6 +30,7 @@ from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import Result, StageEffects
 from trainer_attrib.analysis.retraining import Closure, closure
+from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.analysis.split import Split, split
 from trainer_attrib.analysis.stage_view import ledger_blocks
@@ -180,6 +181,7 @@ class Analyzer:
         where: Where | None = None,
         keep: int | None = None,
         source: str | Snapshots = "training",
+        candidates: Faiss | None = None,
     ) -> Influence:
         """Scores of training examples for every query.
 
@@ -203,28 +205,29 @@ class Analyzer:
                 not fit into memory. They are the same as without it.
             source: of rows: ``"training"``, those captured then; ``"snapshot"``, those of the given data at the stage's
                 end, or ``Snapshots(names)`` (:meth:`sketch` makes what is not there yet).
+            candidates: with ``keep``, score only what an approximate index proposes, with its recall in the caveats.
 
         Raises:
             ConfigurationError: an unknown recipe or source, ``keep`` below 1, ``where`` for a recipe that reads no
-                rows, or a stage that is not in the model's lineage.
+                rows, ``candidates`` fewer than ``keep`` or for a recipe that has none, or a stage
+                that is not in the model's lineage.
+            MissingExtraError: ``candidates`` without the extra ``faiss``.
             NotComparableError: a stage none of whose sketched weights the model has (its adapter was merged since).
         """
-        chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
-        unknown = set(stages or ()) - {stage.name for stage in chosen}
-        if unknown or not chosen:
-            raise ConfigurationError(
-                f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
-                fix="choose among those.",
-            )
+        chosen = self._chosen(stages)
         if keep is not None and keep < 1:
             raise ConfigurationError(f"keep={keep}, at least 1 example has to be kept.", fix="correct this argument.")
+        if candidates is not None:
+            candidates.check(keep)
         view = self._view(behaviors, programs)
         carried = None if carry is None else CarriedQueries(view, behaviors, chosen, carry)
         if states := source_of(source):
             scored = {stage.name for stage in chosen}
             self.sketch({name: given for name, given in (data or {}).items() if name in scored}, states.names)
             chosen = [PassReader(stage, states.names) for stage in chosen]
-        return influences.influence(Question(view, chosen, data or {}, carried, where, keep), recipe, controls)
+        return influences.influence(
+            Question(view, chosen, data or {}, carried, where, keep, candidates), recipe, controls
+        )
 
     def sketch(self, data: Mapping[str, Examples], snapshots: Sequence[str] = ("end",)) -> list[Pass]:
         """Rows of given examples at recorded states of the model, for data of which training left none or too few.
@@ -313,6 +316,16 @@ class Analyzer:
             f"No stage '{name}' led to this model; these did: {[stage.name for stage in self.lineage]}.",
             fix="choose among those.",
         )
+
+    def _chosen(self, stages: Sequence[str] | None) -> list[StageReader]:
+        chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
+        unknown = set(stages or ()) - {stage.name for stage in chosen}
+        if unknown or not chosen:
+            raise ConfigurationError(
+                f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
+                fix="choose among those.",
+            )
+        return chosen
 
     def _view(self, behaviors: Sequence[Behavior], programs: Mapping[str, Program] | None = None) -> Lineage:
         return Lineage(self.model, self.lineage, self._timeline, list(behaviors), programs or {})

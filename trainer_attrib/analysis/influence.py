@@ -32,7 +32,8 @@ def influence(question: Question, recipe: str | Recipe, controls: Sequence[str] 
     """Scores of every example of the question's stages, for every query, and what controls rank first beside them.
 
     Raises:
-        ConfigurationError: an unknown recipe or control, or conditions on rows for a recipe that reads none.
+        ConfigurationError: an unknown recipe or control, conditions on rows for a recipe that reads none, or candidates
+            for a recipe whose scores are no products of rows with queries.
         AnalysisError: something is missing that the recipe needs.
     """
     chosen = recipe_of(recipe)
@@ -40,6 +41,11 @@ def influence(question: Question, recipe: str | Recipe, controls: Sequence[str] 
         raise ConfigurationError(
             f"Recipe '{chosen.name}' scores the given examples, `where` chooses among recorded rows.",
             fix="leave out of `data` what is not to be scored.",
+        )
+    if question.candidates is not None and not hasattr(chosen, "prepare"):
+        raise ConfigurationError(
+            f"Recipe '{chosen.name}' has no candidates: it does not compare recorded rows.",
+            fix="leave out `candidates`, or use trackstar, fisher, grad_cos or grad_dot.",
         )
     stages = chosen.score(question)
     sums = tuple(stage.sums or _sums_of(stage) for stage in stages)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from trainer_attrib.analysis.recipes.proposed import Products
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.recipes.rows import Rows, Score, StreamedStage, score_rows
 from trainer_attrib.analysis.recipes.trackstar import training_moments
@@ -45,9 +46,12 @@ class Fisher:
         inverses = [damped_inverse(moment_KK, self.damping) for moment_KK in moments.means()]
         queries: dict[int, Tensor] = {}
 
-        def score(rows: Rows) -> Tensor:
-            if rows.version not in queries:
-                queries[rows.version] = whiten(sketch(rows.version), spans, inverses)
-            return grad_dot(queries[rows.version], rows.unit, rows.norms)
+        def asked(version: int) -> Tensor:
+            if version not in queries:
+                queries[version] = whiten(sketch(version), spans, inverses)
+            return queries[version]
 
-        return score
+        def score(rows: Rows) -> Tensor:
+            return grad_dot(asked(rows.version), rows.unit, rows.norms)
+
+        return Products(score, lambda version: -asked(version), lambda rows: rows.unit * rows.norms[:, None])

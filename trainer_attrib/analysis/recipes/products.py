@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from trainer_attrib.analysis.recipes.proposed import Products
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.recipes.rows import Rows, Score, StreamedStage, score_rows
 from trainer_attrib.numerics.scores import grad_cos, grad_dot
@@ -27,7 +28,11 @@ class GradDot:
 
     def prepare(self, stage: StreamedStage, sketch: Callable[[int], Tensor]) -> Score:
         """Nothing to prepare."""
-        return lambda rows: grad_dot(sketch(rows.version), rows.unit, rows.norms)
+        return Products(
+            lambda rows: grad_dot(sketch(rows.version), rows.unit, rows.norms),
+            lambda version: -sketch(version),
+            lambda rows: rows.unit * rows.norms[:, None],
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,11 @@ class GradCos:
 
     def prepare(self, stage: StreamedStage, sketch: Callable[[int], Tensor]) -> Score:
         """Nothing to prepare."""
-        return lambda rows: grad_cos(sketch(rows.version), rows.unit, rows.norms)
+        return Products(
+            lambda rows: grad_cos(sketch(rows.version), rows.unit, rows.norms),
+            lambda version: -sketch(version),
+            lambda rows: rows.unit * (rows.norms > 0)[:, None],
+        )
 
 
 @dataclass(frozen=True)

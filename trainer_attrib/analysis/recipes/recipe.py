@@ -14,6 +14,7 @@ from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.query_sketches import Sketcher, sketch_queries
+from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.errors import MissingDataError
@@ -31,6 +32,7 @@ class Question:
         carried: sketches queries that were carried back through later stages; None: gradients at the final weights.
         where: conditions that recorded rows must meet; an example is scored by those of its rows that do.
         keep: hold the scores of so many examples at either end of each stage's ranking only; None: of all.
+        candidates: proposes the examples that are scored; None: all are.
     """
 
     lineage: Lineage
@@ -39,6 +41,7 @@ class Question:
     carried: Sketcher | None = None
     where: Where | None = None
     keep: int | None = None
+    candidates: Faiss | None = None
 
     @property
     def behaviors(self) -> Sequence[Behavior]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +17,11 @@ from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.query_sketches import kept_columns, missing_weights
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.retrieval.ends import Ends, Plan, together
+from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.analysis.retrieval.visits import AllScores, Found
 from trainer_attrib.analysis.retrieval.where import Where
+from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import RowBlock, StageReader
 from trainer_attrib.numerics.sketching import unit_rows
 
@@ -46,6 +48,9 @@ class Rows:
 Score = Callable[[Rows], Tensor]
 """Rows [N] -> scores [Q, N]."""
 
+Exact = Callable[[Question, Score, int], Found]
+"""Scans the rows of a question by a function that gives scores of so many queries."""
+
 
 class RowRecipe(Protocol):
     """What a recipe over rows says of itself."""
@@ -67,6 +72,17 @@ class RowRecipe(Protocol):
             stage: its rows may be streamed as often as is needed.
             sketch: second-moment version -> sketches of all queries in its scaling, [Q, K].
         """
+        ...
+
+
+@runtime_checkable
+class Proposing(Protocol):
+    """A :data:`Score` that an approximate index can stand in for."""
+
+    def near(
+        self, recipe: RowRecipe, question: Question, stage: StreamedStage, finder: Faiss, exact: Exact
+    ) -> tuple[Found, list[str]]:
+        """Both ends of the exact ranking of what the index proposes, and what is to be said of it."""
         ...
 
 
@@ -196,33 +212,48 @@ def _score_stage(recipe: RowRecipe, question: Question, reader: StageReader) -> 
             sketched[version] = question.sketches(reader, version)
         return sketched[version]
 
-    sums = StageSums(reader.name)
-    found = _collect(recipe, question, stage, recipe.prepare(stage, sketch), sums)
-    caveats = (*_streamed(stage), *_caveats(question, reader))
+    sums, score, proposed = StageSums(reader.name), recipe.prepare(stage, sketch), list[str]()
+    if question.candidates is None:
+        found = _collect(recipe, question, stage, score, question.queries, sums)
+    else:
+
+        def exact(part: Question, score: Score, queries: int) -> Found:
+            return _collect(recipe, part, stage, score, queries, StageSums(reader.name))
+
+        if not isinstance(score, Proposing):
+            raise ConfigurationError(
+                f"Recipe '{getattr(recipe, 'name', recipe)}' has no candidates: its score is not the product of one "
+                "fixed vector per row with one vector per query.",
+                fix="leave out `candidates`, or use trackstar, fisher, grad_cos or grad_dot.",
+            )
+        found, proposed = score.near(recipe, question, stage, question.candidates, exact)
+    caveats = (*_streamed(stage), *proposed, *_caveats(question, reader))
     return StageScores(_examples_of(stage, found), found.scores, caveats, found.places, sums)
 
 
-def _collect(recipe: RowRecipe, question: Question, stage: StreamedStage, score: Score, sums: StageSums) -> Found:
+def _collect(
+    recipe: RowRecipe, question: Question, stage: StreamedStage, score: Score, queries: int, sums: StageSums
+) -> Found:
     """All scores, or both ends of them; row by row they are added to the sums."""
     sources = stage.sources()
 
-    def stream(collector: AllScores | Ends, queries: slice, summing: bool) -> Found:
+    def stream(collector: AllScores | Ends, group: slice, summing: bool) -> Found:
         for part in stage.parts("scoring", question.where):
             scores_QN = np.concatenate([score(rows).numpy() for rows in part.rows()], axis=1)
-            collector.add(part.table, scores_QN[queries])
+            collector.add(part.table, scores_QN[group])
             if summing:
                 ids = part.table["example"].to_pylist()
                 sums.add([sources.get(i) for i in ids], part.table["step"].to_numpy(), scores_QN)
         return collector.found()
 
     if question.keep is None:
-        return stream(AllScores(question.queries, recipe.sums_visits), slice(None), True)
+        return stream(AllScores(queries, recipe.sums_visits), slice(None), True)
     plan = Plan()
     for part in stage.parts("counting", question.where):
         plan.add(part.table)
-    groups = plan.groups(question.queries)
+    groups = plan.groups(queries)
     ends = [
-        stream(Ends(plan, len(range(question.queries)[group]), question.keep, recipe.sums_visits), group, n == 0)
+        stream(Ends(plan, len(range(queries)[group]), question.keep, recipe.sums_visits), group, n == 0)
         for n, group in enumerate(groups)
     ]
     return together(ends)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer_attrib.analysis.recipes.proposed import Products
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.recipes.rows import Rows, Score, StreamedStage, score_rows
 from trainer_attrib.numerics.row_curvature import SecondMoments, inverse_root, mixing_weight, shrunk, whiten
@@ -60,15 +61,22 @@ class TrackStar:
         roots = [inverse_root(moment_KK) for moment_KK in self.curvature(task, train)]
         queries: dict[int, Tensor] = {}
 
+        def asked(version: int) -> Tensor:
+            if version not in queries:
+                queries[version] = whiten(sketch(version), spans, roots)
+            return queries[version]
+
         def score(rows: Rows) -> Tensor:
-            if rows.version not in queries:
-                queries[rows.version] = whiten(sketch(rows.version), spans, roots)
             unit_NK, stretch_N = unit_rows(whiten(rows.unit, spans, roots))
             if self.unit_norm:
-                return grad_cos(queries[rows.version], unit_NK, rows.norms)
-            return -(queries[rows.version] @ unit_NK.T) * (stretch_N * rows.norms)
+                return grad_cos(asked(rows.version), unit_NK, rows.norms)
+            return -(asked(rows.version) @ unit_NK.T) * (stretch_N * rows.norms)
 
-        return score
+        def vectors(rows: Rows) -> Tensor:
+            unit_NK, stretch_N = unit_rows(whiten(rows.unit, spans, roots))
+            return unit_NK * ((rows.norms > 0) if self.unit_norm else stretch_N * rows.norms)[:, None]
+
+        return Products(score, lambda version: -asked(version), vectors, fixed=not self.task)
 
     def curvature(self, task: SecondMoments, train: SecondMoments) -> list[Tensor]:
         """R of every block, [K, K], up to a factor that all of them share."""
