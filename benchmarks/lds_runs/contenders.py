@@ -24,7 +24,7 @@ DEFAULT, ENSEMBLE = "gauss_newton, default", "gauss_newton, default, 3 models"
 SHORT, SHORT_TWO = "gauss_newton, rank 128, 2 states", "gauss_newton, rank 128, 2 states, 2 models"
 TFIDF, RANDOM = "tf-idf of characters", "random"
 # Chosen by retrainings on other halves and their behavior on other windows, not by the truth of this table.
-_SHORT = GaussNewton(rank=128, basis=128, sample=128, states=("mid-1", "mid-3"))
+_SHORT = GaussNewton(rank=128, basis=128, sample=128, snapshots=("mid-1", "mid-3"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _digits(config: str) -> Testbed:
         (
             Ours(DEFAULT, "gauss_newton"),
             Ours("gauss_newton, rank 16", GaussNewton(rank=16)),
-            Ours("gauss_newton, end only", GaussNewton(states=("end",))),
+            Ours("gauss_newton, end only", GaussNewton(snapshots=("end",))),
             Ours(ENSEMBLE, "gauss_newton", models=3),
         ),
         ensemble=10,

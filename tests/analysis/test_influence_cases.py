@@ -118,7 +118,7 @@ def test_gauss_newton_of_sequences_through_biased_layers_has_its_dense_scores(tm
         curvature = reach * parts[:, span].T @ parts[:, span] / EXAMPLES + torch.eye(span.stop - span.start).double()
         expected = expected - reach * q[:, span] @ torch.linalg.solve(curvature, g[:, span].T) / EXAMPLES
     assert not np.allclose(expected, (-reach * q @ g.T / EXAMPLES).numpy(), rtol=0.05)  # curvature matters here
-    found = scores(analyzer, items, queries, GaussNewton(states=("end",)))
+    found = scores(analyzer, items, queries, GaussNewton(snapshots=("end",)))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-7)
 
 

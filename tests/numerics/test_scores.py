@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_attrib.numerics.scores import grad_cos, grad_dot, rank
+from trainer_attrib.numerics.scores import debiased, denoised, grad_cos, grad_dot, rank, standardized
 from trainer_attrib.numerics.sketching import unit_rows
 
 
@@ -64,3 +64,27 @@ def test_ranking_breaks_ties_by_id_whatever_the_order(seed: int, largest: bool) 
 
 def test_unknown_scores_are_not_ranked() -> None:
     assert rank(np.array([1.0, np.nan, 2.0]), np.array(["a", "b", "c"]), 3, largest=True).tolist() == [2, 0]
+
+
+def test_standardized_scores_have_no_scale_of_their_own():
+    scores_QN = np.random.default_rng(0).normal(3, 5, (3, 50)).astype(np.float32)
+    scores_QN[1, :7] = np.nan
+    found = standardized(scores_QN)
+    np.testing.assert_allclose(np.nanmean(found, 1), 0, atol=1e-6)
+    np.testing.assert_allclose(np.nanstd(found, 1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(scores_QN))
+    np.testing.assert_allclose(standardized(1e-9 * scores_QN - 4e-9), found, rtol=1e-4, atol=1e-4)
+    assert not standardized(np.full((1, 5), np.float32(0.1))).any()
+
+
+def test_denoised_scores_are_a_mean_over_the_states_that_know_an_example():
+    states_SQN = np.array([[[1.0, 2.0, np.nan]], [[3.0, np.nan, np.nan]]])
+    np.testing.assert_allclose(denoised(states_SQN), [[2.0, 2.0, np.nan]])
+    np.testing.assert_allclose(denoised(states_SQN, np.array([1, 3])), [[2.5, 2.0, np.nan]])
+    np.testing.assert_allclose(denoised(states_SQN, np.array([0, 3])), [[3.0, np.nan, np.nan]])
+
+
+def test_debiased_scores_lose_what_the_base_model_knew():
+    scores_QN, base_QN = np.array([[1.0, 2.0, np.nan]]), np.array([[4.0, np.nan, 1.0]])
+    np.testing.assert_allclose(debiased(scores_QN, base_QN, 0.5), [[-1.0, 2.0, np.nan]])
+    np.testing.assert_allclose(debiased(scores_QN, base_QN, 0.0), scores_QN)

@@ -6,45 +6,24 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
-
-from trainer_attrib.analysis import influence as influences
 from trainer_attrib.analysis import stage_effects as effects
-from trainer_attrib.analysis.across_stages import CarriedQueries
 from trainer_attrib.analysis.behavior import Behavior
-from trainer_attrib.analysis.checking import Check, check
-from trainer_attrib.analysis.controls import CONTROLS
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.estimate import Method
 from trainer_attrib.analysis.effects.first_order import FirstOrder
-from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.propagate import Propagate
-from trainer_attrib.analysis.examples import Examples
-from trainer_attrib.analysis.influence_results import Influence
-from trainer_attrib.analysis.passes import Pass, Snapshots, sketch, source_of
+from trainer_attrib.analysis.example_questions import ExampleQuestions
 from trainer_attrib.analysis.programs import Program, check_programs
-from trainer_attrib.analysis.recipes.directional import Directional
-from trainer_attrib.analysis.recipes.recipe import Question, Recipe
-from trainer_attrib.analysis.recipes.tokens import token_scores
 from trainer_attrib.analysis.removal import SCALES, Removal, Search, remove
 from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import Result, StageEffects
 from trainer_attrib.analysis.retraining import Closure, closure
-from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
-from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.analysis.split import Split, split
 from trainer_attrib.analysis.stage_view import ledger_blocks
-from trainer_attrib.analysis.timeline import Timeline
-from trainer_attrib.errors import ConfigurationError
-from trainer_attrib.ledger.journal import check_same_model
-from trainer_attrib.ledger.links import describe_weights, find_link
-from trainer_attrib.ledger.passes import PassReader
-from trainer_attrib.ledger.reader import Ledger, StageReader, no_stage_ended_with
 from trainer_attrib.report.page import write_page
-from trainer_attrib.tap.names import adapter_weights, parameters_by_name
 
 
-class Analyzer:
+class Analyzer(ExampleQuestions):
     """Answers from a ledger about a model that stands at the end of one of its stages, its adapters merged or not.
 
     Args:
@@ -56,17 +35,6 @@ class Analyzer:
         ModelMismatchError: the ledger was recorded from another model.
         StageNotFoundError: no stage ended with the model's weights.
     """
-
-    def __init__(self, ledger: str | os.PathLike[str], model: nn.Module) -> None:
-        self.ledger, self.model = Ledger(ledger), model
-        weights = {name: parameter.data for name, parameter in parameters_by_name(model).items()}
-        described = describe_weights(weights)
-        self.link = find_link(self.ledger.stages(), described, weights, adapter_weights(model))
-        if self.link.parent is None:
-            check_same_model(self.ledger, described)
-            raise no_stage_ended_with(self.ledger, self.link.reason)
-        self.lineage: list[StageReader] = self.ledger.ancestry(self.link.parent)
-        self._timeline = Timeline(model, self.lineage, self.link)
 
     def stage_effects(
         self,
@@ -168,130 +136,6 @@ class Analyzer:
         view = self._view(behaviors, programs)
         return split(view, self._stage(stage), effects.method_of(method), carry or Propagate())
 
-    def influence(
-        self,
-        behaviors: Sequence[Behavior],
-        stages: Sequence[str] | None = None,
-        recipe: str | Recipe = "trackstar",
-        *,
-        data: Mapping[str, Examples] | None = None,
-        carry: Propagate | None = None,
-        programs: Mapping[str, Program] | None = None,
-        controls: Sequence[str] = CONTROLS,
-        where: Where | None = None,
-        keep: int | None = None,
-        source: str | Snapshots = "training",
-        candidates: Faiss | None = None,
-    ) -> Influence:
-        """Scores of training examples for every query.
-
-        Args:
-            behaviors: differentiable behaviors; every item is a query.
-            stages: names of the stages whose examples are scored; all of the model's lineage by default.
-            recipe: ``"trackstar"``, ``"grad_cos"``, ``"grad_dot"`` or ``"tracin"``, from the sketches captured during
-                training; ``"unrolled"``, the exact derivative of the training, for a few queries; or a recipe object
-                (docs/influence.md has all of them).
-            data: the examples of stages, for recipes that need their losses: stage name -> examples.
-            carry: carries the behaviors' gradients back through later stages to the end of each scored one, so that
-                examples are scored by what is left of them in the final model; without it, gradients at the final
-                weights are compared with the rows of every stage.
-            programs: for ``carry``, of the stages after the first scored one; for recipes that run stages again, of
-                these.
-            controls: rankings shown beside the scores: ``"bm25"``, ``"grad_cos"`` (one more look at the rows),
-                ``"random"``. What cannot be had, such as a lexical search without the extra ``search``, is said.
-                None with ``keep``.
-            where: conditions that recorded rows must meet, by source, step or id; others are not read.
-            keep: hold the scores of so many examples at either end of each ranking only, for ledgers whose scores do
-                not fit into memory. They are the same as without it.
-            source: of rows: ``"training"``, those captured then; ``"snapshot"``, those of the given data at the stage's
-                end, or ``Snapshots(names)`` (:meth:`sketch` makes what is not there yet).
-            candidates: with ``keep``, score only what an approximate index proposes, with its recall in the caveats.
-
-        Raises:
-            ConfigurationError: an unknown recipe or source, ``keep`` below 1, ``where`` for a recipe that reads no
-                rows, ``candidates`` fewer than ``keep`` or for a recipe that has none, or a stage
-                that is not in the model's lineage.
-            MissingExtraError: ``candidates`` without the extra ``faiss``.
-            NotComparableError: a stage none of whose sketched weights the model has (its adapter was merged since).
-        """
-        chosen = self._chosen(stages)
-        if keep is not None and keep < 1:
-            raise ConfigurationError(f"keep={keep}, at least 1 example has to be kept.", fix="correct this argument.")
-        if candidates is not None:
-            candidates.check(keep)
-        view = self._view(behaviors, programs)
-        carried = None if carry is None else CarriedQueries(view, behaviors, chosen, carry)
-        if states := source_of(source):
-            scored = {stage.name for stage in chosen}
-            self.sketch({name: given for name, given in (data or {}).items() if name in scored}, states.names)
-            chosen = [PassReader(stage, states.names) for stage in chosen]
-        return influences.influence(
-            Question(view, chosen, data or {}, carried, where, keep, candidates), recipe, controls
-        )
-
-    def sketch(self, data: Mapping[str, Examples], snapshots: Sequence[str] = ("end",)) -> list[Pass]:
-        """Rows of given examples at recorded states of the model, for data of which training left none or too few.
-
-        They are stored in the ledger. A pass that broke off goes on where it was, a finished one costs nothing.
-
-        Args:
-            data: stage name -> examples.
-            snapshots: names of recorded states of these stages.
-
-        Raises:
-            ConfigurationError: a stage that did not lead to this model, or a pass begun over other examples.
-            StageNotFoundError: no such snapshot.
-        """
-        view = self._view([])
-        return [
-            sketch(view, self._stage(n), examples, snapshot) for n, examples in data.items() for snapshot in snapshots
-        ]
-
-    def check(
-        self, influence: Influence, behaviors: Sequence[Behavior], data: Mapping[str, Examples], k: int = 10
-    ) -> Check:
-        """Take one optimizer step on each of the top examples of every query and measure what it does, beside BM25's
-        top examples and random ones: the cheapest proof that a ranking found causes.
-
-        Args:
-            influence: scores from :meth:`influence`.
-            behaviors: that it was asked for.
-            data: the scored stages' examples: stage name -> examples.
-            k: examples per query.
-
-        Raises:
-            ConfigurationError: other behaviors than were asked for, or a stage that did not lead to this model.
-            MissingDataError: data hold none of the scored examples of a stage.
-        """
-        return check(self.model, [self._stage(name) for name in data], influence, behaviors, data, k)
-
-    def token_scores(
-        self,
-        influence: Influence,
-        behaviors: Sequence[Behavior],
-        data: Mapping[str, Examples],
-        *,
-        top: int = 5,
-        recipe: Directional | None = None,
-    ) -> Influence:
-        """The same influence, with scores of the tokens of each query's examples at both ends of its ranking: in
-        ``token_table()`` and as colors in the report.
-
-        Args:
-            influence: of any recipe.
-            behaviors: those for which it was asked.
-            data: the examples of the scored stages, with losses by token (``Examples.of_texts``, ``of_pairs``).
-            top: so many examples at each end.
-            recipe: with other settings than the default ones.
-
-        Raises:
-            ConfigurationError: the influence is of other queries, or of examples that are not among the given ones.
-            MissingDataError: no examples are given for a stage, or they have no losses by token.
-        """
-        scored = {*influence.examples.stages}
-        question = Question(self._view(behaviors), [s for s in self.lineage if s.name in scored], data)
-        return token_scores(question, influence, top, recipe or Directional())
-
     def closure(self, programs: Mapping[str, Program]) -> Closure:
         """Run all stages again with nothing removed and compare with the recorded weights.
 
@@ -307,25 +151,3 @@ class Analyzer:
         blocks = [*ledger_blocks(self.lineage), *(block for result in results for block in result.blocks())]
         subtitle = f"{' → '.join(stage.name for stage in self.lineage)}, recorded in {self.ledger.storage.url}"
         return write_page(path, title or type(self.model).__name__, blocks, subtitle)
-
-    def _stage(self, name: str) -> StageReader:
-        for stage in self.lineage:
-            if stage.name == name:
-                return stage
-        raise ConfigurationError(
-            f"No stage '{name}' led to this model; these did: {[stage.name for stage in self.lineage]}.",
-            fix="choose among those.",
-        )
-
-    def _chosen(self, stages: Sequence[str] | None) -> list[StageReader]:
-        chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
-        unknown = set(stages or ()) - {stage.name for stage in chosen}
-        if unknown or not chosen:
-            raise ConfigurationError(
-                f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
-                fix="choose among those.",
-            )
-        return chosen
-
-    def _view(self, behaviors: Sequence[Behavior], programs: Mapping[str, Program] | None = None) -> Lineage:
-        return Lineage(self.model, self.lineage, self._timeline, list(behaviors), programs or {})

@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer_attrib.analysis.controls import CONTROLS, controls_of
 from trainer_attrib.analysis.influence_results import Influence, InfluenceExamples
+from trainer_attrib.analysis.recipes.dda import Dda
 from trainer_attrib.analysis.recipes.directional import Directional
 from trainer_attrib.analysis.recipes.fisher import Fisher
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
@@ -23,6 +24,7 @@ from trainer_attrib.errors import ConfigurationError
 
 _RECIPES: tuple[type[Recipe], ...] = (
     GradCos, GradDot, TracIn, Fisher, TrackStar, GaussNewton, Directional, ContrastiveLossDifference, Unrolled,
+    Dda,
 )  # fmt: skip
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in _RECIPES}
 NOT_ENTAILMENT = "influence is what training on an example did, not whether its text states the answer"
@@ -37,7 +39,7 @@ def influence(question: Question, recipe: str | Recipe, controls: Sequence[str] 
         AnalysisError: something is missing that the recipe needs.
     """
     chosen = recipe_of(recipe)
-    if question.where is not None and not hasattr(chosen, "prepare"):
+    if question.where is not None and not hasattr(getattr(chosen, "recipe", chosen), "prepare"):
         raise ConfigurationError(
             f"Recipe '{chosen.name}' scores the given examples, `where` chooses among recorded rows.",
             fix="leave out of `data` what is not to be scored.",

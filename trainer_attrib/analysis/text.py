@@ -78,7 +78,7 @@ def pieces(tokenizer: Any, item: TextPair) -> list[str]:
 def sampled_losses(model: nn.Module, items: Sequence[TextPair], generator: torch.Generator) -> Tensor:
     """Losses of tokens that the model itself draws at the places that count, divided by the root of their number: the
     outer product of the gradient of each is, in expectation, the curvature of the mean loss of its item. [N]."""
-    logits, labels = _next_token_logits(model, items)
+    logits, labels = next_token_logits(model, items)
     counted = labels != IGNORED
     probabilities = logits.detach().softmax(-1)[counted]
     drawn = torch.full_like(labels, IGNORED)
@@ -89,12 +89,12 @@ def sampled_losses(model: nn.Module, items: Sequence[TextPair], generator: torch
 
 def _token_logprobs(model: nn.Module, items: Sequence[TextPair]) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, S-1], zero where a token does not count, and counts [N]."""
-    logits, labels = _next_token_logits(model, items)
+    logits, labels = next_token_logits(model, items)
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return -losses, (labels != IGNORED).sum(1)
 
 
-def _next_token_logits(model: nn.Module, items: Sequence[TextPair]) -> tuple[Tensor, Tensor]:
+def next_token_logits(model: nn.Module, items: Sequence[TextPair]) -> tuple[Tensor, Tensor]:
     """Logits [N, S-1, V] and what they should predict, [N, S-1]. Padded on the right."""
     device = next(model.parameters()).device
     length = max(len(item.tokens) for item in items)

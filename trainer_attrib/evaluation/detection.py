@@ -80,22 +80,39 @@ def _auc(bad_B: np.ndarray, clean_C: np.ndarray) -> Estimate:
     return Estimate(float(beats_B.mean()), float(np.sqrt(variance)), len(bad_B) + len(clean_C))
 
 
+def average_precision(suspicion: np.ndarray, bad: np.ndarray) -> float:
+    """Mean over bad examples of the precision at their place; tied examples enter together.
+
+    Args:
+        suspicion: [N], larger where an example is more likely bad.
+        bad: boolean [N], at least one.
+    """
+    suspicion_N, bad_N = finite("suspicion", suspicion, "N"), np.asarray(bad, bool)
+    order, ends = _ordered(suspicion_N)
+    return _precision(bad_N[order], ends, np.ones(len(order)))
+
+
 def _average_precision(bad_B: np.ndarray, clean_C: np.ndarray, seed: int) -> Estimate:
-    values = np.concatenate([bad_B, clean_C])
-    order = np.argsort(-values, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # the last of each run of equal values
+    order, ends = _ordered(np.concatenate([bad_B, clean_C]))
     is_bad = order < len(bad_B)
     random = np.random.default_rng(seed)
-
-    def precision(weights: np.ndarray) -> float:
-        weights = weights[order]
-        found, seen = np.cumsum(weights * is_bad)[ends], np.cumsum(weights)[ends]
-        return float((np.diff(found, prepend=0.0) * found / np.maximum(seen, 1.0)).sum() / len(bad_B))
 
     def drawn() -> np.ndarray:
         return np.concatenate(
             [np.bincount(random.integers(0, n, n), minlength=n) for n in (len(bad_B), len(clean_C))]
         ).astype(np.float64)
 
-    spread = np.std([precision(drawn()) for _ in range(_DRAWS)], ddof=1)
-    return Estimate(precision(np.ones(len(values))), float(spread), len(values))
+    spread = np.std([_precision(is_bad, ends, drawn()[order]) for _ in range(_DRAWS)], ddof=1)
+    return Estimate(_precision(is_bad, ends, np.ones(len(order))), float(spread), len(order))
+
+
+def _ordered(values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places from the largest value on, and the last of each run of equal values."""
+    order = np.argsort(-values_N, kind="stable")
+    return order, np.flatnonzero(np.append(np.diff(values_N[order]) != 0, True))
+
+
+def _precision(is_bad_N: np.ndarray, ends: np.ndarray, weights_N: np.ndarray) -> float:
+    """Average precision of ordered examples, each counting as often as its weight says."""
+    found, seen = np.cumsum(weights_N * is_bad_N)[ends], np.cumsum(weights_N)[ends]
+    return float((np.diff(found, prepend=0.0) * found / np.maximum(seen, 1.0)).sum() / is_bad_N.sum())

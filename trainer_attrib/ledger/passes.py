@@ -113,6 +113,7 @@ class PassReader(StageReader):
 
     def __init__(self, stage: StageReader, snapshots: Sequence[str]) -> None:
         super().__init__(stage.storage, stage.name)
+        self.snapshots = (*snapshots,)
         self._made = [PassFiles(stage, snapshot) for snapshot in snapshots]
         for made in self._made:
             if not made.meta or made.rows < made.meta["examples"]:

@@ -14,8 +14,7 @@ from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.slopes import gradients
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.forward_mode import Slopes
-from trainer_attrib.analysis.influence_results import InfluenceExamples
-from trainer_attrib.analysis.recipes.recipe import Question, StageScores
+from trainer_attrib.analysis.recipes.recipe import Question, StageScores, described
 from trainer_attrib.analysis.recipes.stage_states import StageState, missing_trained, stage_states
 from trainer_attrib.analysis.training_state import random_states_kept, standing
 from trainer_attrib.errors import ConfigurationError
@@ -112,13 +111,6 @@ def refuse_carried(question: Question, recipe: str) -> None:
 def progress(examples: Examples, title: str) -> Iterator[list[int]]:
     """Batches of positions, with a progress bar."""
     yield from tqdm(examples.batches(), desc=title, leave=False, disable=None)
-
-
-def described(stage: StageReader, examples: Examples) -> InfluenceExamples:
-    """The given examples as those of a result; in which step one was trained on is not looked up (0)."""
-    ids = np.array(examples.ids, dtype=object)
-    names = np.array([stage.name] * len(ids), dtype=object)
-    return InfluenceExamples(names, ids, np.zeros(len(ids), np.int64), examples.sources, examples.texts)
 
 
 def stage_caveats(question: Question, stage: StageReader) -> list[str]:

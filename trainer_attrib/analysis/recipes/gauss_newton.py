@@ -45,7 +45,7 @@ class GaussNewton:
     its gradient was still large. Each costs a pass over the data for the scores and one over parts of it for curvature.
 
     Args:
-        states: names of snapshots; None: all that the stage recorded after its start.
+        snapshots: names of recorded states; None: all that the stage recorded after its start.
         rank: coordinates kept on each side of a weight.
         wide: coordinates on each side among which they are looked for; longer sides are projected at random first.
         basis: how many examples the coordinates are fitted to.
@@ -53,7 +53,7 @@ class GaussNewton:
         seed: of these choices, and of the predictions drawn for the curvature.
     """
 
-    states: tuple[str, ...] | None = None
+    snapshots: tuple[str, ...] | None = None
     rank: int = 32
     wide: int = 1024
     basis: int = 512
@@ -79,8 +79,8 @@ class GaussNewton:
 
     def _states(self, stage: StageReader) -> list[str]:
         recorded = [entry["name"] for entry in sorted(stage.meta["snapshots"], key=lambda e: e["step"])]
-        if self.states is not None:
-            return list(self.states)
+        if self.snapshots is not None:
+            return list(self.snapshots)
         return [name for name in recorded if name != "start"] or recorded
 
     def _at_state(

@@ -10,8 +10,8 @@ from trainer_attrib.analysis.displacement import moved
 from trainer_attrib.analysis.effects.slopes import inner
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.forward_mode import difference, quiet
-from trainer_attrib.analysis.recipes.directional import Way, described, progress, refuse_carried, stage_caveats, ways
-from trainer_attrib.analysis.recipes.recipe import Question, StageScores
+from trainer_attrib.analysis.recipes.directional import Way, progress, refuse_carried, stage_caveats, ways
+from trainer_attrib.analysis.recipes.recipe import Question, StageScores, described
 from trainer_attrib.analysis.training_state import random_states_kept
 from trainer_attrib.ledger.reader import StageReader
 
