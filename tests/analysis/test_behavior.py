@@ -111,3 +111,15 @@ def test_a_measure_that_averages_is_refused(model):
     behavior = Behavior("b", [1, 2], lambda m, items: torch.tensor(0.5))
     with pytest.raises(BehaviorError, match=r"returned \(\) for 2 items"):
         behavior.values(model)
+
+
+def test_queries_of_a_kind_are_averaged():
+    model, behavior = (
+        torch.nn.Linear(3, 1),
+        Behavior("sum", list(torch.randn(5, 3)), lambda m, x: m(torch.stack(x))[:, 0]),
+    )
+    found, values = behavior.together(["b", "a", "b", "b", "a"]), behavior.values(model)
+    assert list(found.queries) == ["b", "a"]
+    torch.testing.assert_close(found.values(model), torch.stack([values[[0, 2, 3]].mean(), values[[1, 4]].mean()]))
+    with pytest.raises(BehaviorError, match="5 items but 2 kinds"):
+        behavior.together(["a", "b"])

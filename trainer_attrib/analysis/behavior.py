@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,28 @@ class Behavior:
         mode."""
         items = [self.dataset[i] for i in range(first, min(first + self.batch_size, len(self)))]
         return self._check(self.measure(model, items), len(items))
+
+    def together(self, kinds: Sequence[str]) -> Behavior:
+        """One query per kind, the mean of the values of its items: what several outputs with the same error have in
+        common stands out, and what each has beside it averages out.
+
+        Args:
+            kinds: of the items, one each; kinds appear in the order of their first items.
+
+        Raises:
+            BehaviorError: as many kinds as there are not items.
+        """
+        if len(kinds) != len(self):
+            raise BehaviorError(
+                f"Behavior '{self.name}' has {len(self)} items but {len(kinds)} kinds.", fix="pass one kind per item."
+            )
+        names = list(dict.fromkeys(kinds))
+        groups = [[item for item, of in zip(self.dataset, kinds, strict=True) if of == kind] for kind in names]
+        per_group = len(self) // len(names)
+        return replace(
+            self, dataset=groups, measure=partial(_means, of=self.measure), queries=names,
+            batch_size=max(1, self.batch_size // max(1, per_group)),
+        )  # fmt: skip
 
     def _check(self, values: Any, expected: int) -> Tensor:
         if not isinstance(values, Tensor) or values.shape != (expected,):
@@ -144,6 +167,11 @@ def zipped(name: str, *columns: Sequence[str]) -> list[tuple[str, ...]]:
             fix="pass one prompt and one completion of each kind per query.",
         )
     return list(zip(*columns, strict=True))
+
+
+def _means(model: nn.Module, groups: list[list[Any]], of: Measure) -> Tensor:
+    values = of(model, [item for group in groups for item in group])
+    return torch.stack([part.mean() for part in values.split([len(group) for group in groups])])
 
 
 def _contrast(model: nn.Module, items: list[tuple[TextPair, TextPair]]) -> Tensor:

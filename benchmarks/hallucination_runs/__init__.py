@@ -1,0 +1,1 @@
+"""Data, models and rankings of the hallucination benchmark."""
