@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import report
 from fact_runs.training import quiet
-from hallucination_runs.rankings import FORMS, Output, Scores, Traced, beside, calibrated, recipes
+from hallucination_runs.rankings import FEW, FORMS, SLOW, Output, Scores, Traced, beside, calibrated, recipes
 from hallucination_runs.tasks import TASKS, Task
 from hallucination_runs.training import base_model, completions, is_wrong, rates, recorder, tuned
 
@@ -64,7 +64,7 @@ def run(
     rankings = {("", name): scores for name, scores in beside(traced, model, seed).items()}
     for form in FORMS:
         for name, (recipe, source) in recipes(quick).items():
-            if form in ("contrast", "learned", "plain") or not name.startswith(("cea", "directional")):
+            if form in FEW or not name.startswith(SLOW):
                 rankings[form, name] = traced.scores(form, recipe, source)
     for (form, name), scores in rankings.items():
         found[task.name, form, name].append(measured(traced, scores))

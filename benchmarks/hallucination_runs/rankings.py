@@ -26,8 +26,9 @@ from trainer_attrib.evaluation.lexical import bm25_scores
 from trainer_attrib.numerics.scores import standardized
 
 FORMS = ("contrast", "learned", "alternative", "background", "plain")
-ALL = Snapshots(("start", "mid-1", "mid-2", "mid-3", "mid-4", "mid-5", "end"))
-LATER = ALL.names[1:]
+SLOW, FEW = ("cea", "directional", "fisher", "trackstar"), ("contrast", "learned", "plain")
+"""Recipes that are only asked for some forms of queries."""
+ALL = Snapshots(("start", "mid-1", "mid-2", "mid-3", "end"))
 BACKGROUND = 48
 Scores = np.ndarray
 """[kinds, N]: larger where an example is more likely to have taught the errors of the kind."""

@@ -19,8 +19,8 @@ from trainer_attrib import SketchConfig
 from trainer_attrib.analysis.text import encode_pair
 from trainer_attrib.integrations.huggingface import AttributionCallback
 
-STAGE, BLOCKS, SNAPSHOTS = "tuning", "transformer.h.*", 5
-SIZE = Size(width=96, layers=3, context=64, epochs=0, batch=16, rate=2e-3, rank=32)
+STAGE, BLOCKS, SNAPSHOTS = "tuning", "transformer.h.*", 3
+SIZE = Size(width=96, layers=3, context=64, epochs=0, batch=16, rate=2e-3, rank=16)
 TUNING_RATE = 5e-4
 
 
