@@ -17,7 +17,7 @@ from trainer_attrib.analysis.controls import CONTROLS
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.estimate import Method
 from trainer_attrib.analysis.effects.first_order import FirstOrder
-from trainer_attrib.analysis.effects.lineage import Lineage
+from trainer_attrib.analysis.effects.lineage import Lineage, chosen_stages
 from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.influence_results import Influence
@@ -34,7 +34,9 @@ from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.analysis.split import Split, split
 from trainer_attrib.analysis.stage_view import ledger_blocks
+from trainer_attrib.analysis.suspects import DEFAULT_RECIPES, Suspects
 from trainer_attrib.analysis.timeline import Timeline
+from trainer_attrib.analysis.verification import Removed, Verification, verify_removal
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.journal import check_same_model
 from trainer_attrib.ledger.links import describe_weights, find_link
@@ -214,7 +216,7 @@ class Analyzer:
             MissingExtraError: ``candidates`` without the extra ``faiss``.
             NotComparableError: a stage none of whose sketched weights the model has (its adapter was merged since).
         """
-        chosen = self._chosen(stages)
+        chosen = chosen_stages(self.lineage, stages)
         if keep is not None and keep < 1:
             raise ConfigurationError(f"keep={keep}, at least 1 example has to be kept.", fix="correct this argument.")
         if candidates is not None:
@@ -228,6 +230,26 @@ class Analyzer:
         return influences.influence(
             Question(view, chosen, data or {}, carried, where, keep, candidates), recipe, controls
         )
+
+    def suspects(
+        self,
+        behaviors: Sequence[Behavior],
+        stages: Sequence[str] | None = None,
+        recipe: str | Recipe | None = None,
+        *,
+        data: Mapping[str, Examples] | None = None,
+        k: int | None = None,
+        source: str | Snapshots = "training",
+    ) -> Suspects:
+        """The examples that most increased an error: :meth:`Suspects.of` the influence on behaviors that *grow* with
+        it, by ``recipe`` (``DEFAULT_RECIPES``, as data are given or not). See :meth:`influence` for the rest."""
+        chosen = recipe or DEFAULT_RECIPES["given examples" if data else "recorded rows"]
+        return Suspects.of(self.influence(behaviors, stages, chosen, data=data, source=source), k)
+
+    def verify_removal(self, stage: str, asked: Removed) -> Verification:
+        """Train a stage again without its suspects: is the error gone, and what else changed? See
+        :func:`~trainer_attrib.analysis.verification.verify_removal`."""
+        return verify_removal(self._view, self._stage(stage), asked)
 
     def sketch(self, data: Mapping[str, Examples], snapshots: Sequence[str] = ("end",)) -> list[Pass]:
         """Rows of given examples at recorded states of the model, for data of which training left none or too few.
@@ -309,23 +331,7 @@ class Analyzer:
         return write_page(path, title or type(self.model).__name__, blocks, subtitle)
 
     def _stage(self, name: str) -> StageReader:
-        for stage in self.lineage:
-            if stage.name == name:
-                return stage
-        raise ConfigurationError(
-            f"No stage '{name}' led to this model; these did: {[stage.name for stage in self.lineage]}.",
-            fix="choose among those.",
-        )
-
-    def _chosen(self, stages: Sequence[str] | None) -> list[StageReader]:
-        chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
-        unknown = set(stages or ()) - {stage.name for stage in chosen}
-        if unknown or not chosen:
-            raise ConfigurationError(
-                f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
-                fix="choose among those.",
-            )
-        return chosen
+        return chosen_stages(self.lineage, [name])[0]
 
     def _view(self, behaviors: Sequence[Behavior], programs: Mapping[str, Program] | None = None) -> Lineage:
         return Lineage(self.model, self.lineage, self._timeline, list(behaviors), programs or {})
