@@ -244,7 +244,8 @@ class Analyzer:
         """The examples that most increased an error: :meth:`Suspects.of` the influence on behaviors that *grow* with
         it, by ``recipe`` (``DEFAULT_RECIPES``, as data are given or not). See :meth:`influence` for the rest."""
         chosen = recipe or DEFAULT_RECIPES["given examples" if data else "recorded rows"]
-        return Suspects.of(self.influence(behaviors, stages, chosen, data=data, source=source), k)
+        found = self.influence(behaviors, stages, chosen, data=data, source=source)
+        return Suspects.of(found, k).located(self.lineage)
 
     def verify_removal(self, stage: str, asked: Removed) -> Verification:
         """Train a stage again without its suspects: is the error gone, and what else changed? See

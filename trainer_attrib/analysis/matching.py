@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer_attrib.ledger.reader import StageReader
 
 RECORDED_CHARACTERS = 2000
 """Callbacks record so much of a text; what follows cannot tell two examples apart."""
@@ -13,8 +16,8 @@ def places_of(
 ) -> list[list[int]]:
     """Where examples are among given ones: one place by id, or all places of the same text; none where they are not.
 
-    Ids decide unless texts find more of the examples: what was named by a hash of its content when it was recorded has
-    other ids in a file. Texts are compared without regard to white space.
+    Texts are asked where no id is known at all: what was named by a hash of its content when it was recorded has other
+    ids in a file. They are compared without regard to white space.
 
     Args:
         ids: of the examples.
@@ -24,14 +27,36 @@ def places_of(
     """
     at = {example: place for place, example in enumerate(given_ids)}
     by_id = [[at[example]] if example in at else [] for example in ids]
-    if all(by_id):
+    if any(by_id):
         return by_id
     said: dict[str, list[int]] = {}
     for place, text in enumerate(given_texts):
         if text:
             said.setdefault(_key(text), []).append(place)
-    by_text = [said.get(_key(text), []) if text else [] for text in texts]
-    return max(by_id, by_text, key=lambda found: sum(map(bool, found)))
+    return [said.get(_key(text), []) if text else [] for text in texts]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a stage's ledger knows of an example: the last step that trained on it, its source and its text."""
+
+    step: int
+    source: str | None
+    text: str | None
+
+
+def recorded_of(stage: StageReader, ids: Sequence[str], texts: Sequence[str | None]) -> list[Recorded | None]:
+    """Examples as a stage recorded them, by id or by text; None for those that it did not."""
+    table = stage.examples().to_pylist()
+    found = places_of(ids, texts, [row["example"] for row in table], [row["text"] for row in table])
+    wanted = {table[places[0]]["example"] for places in found if places}
+    steps = dict.fromkeys(wanted, 0)
+    for block in stage.rows():
+        for example, step in zip(block.table["example"].to_pylist(), block.table["step"].to_pylist(), strict=True):
+            if example in steps:
+                steps[example] = max(step, steps[example])
+    rows = [table[places[0]] if places else None for places in found]
+    return [row and Recorded(steps[row["example"]], row["source"], row["text"]) for row in rows]
 
 
 def _key(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import pyarrow as pa
 
 from trainer_attrib.analysis.cleaning import Rows
 from trainer_attrib.analysis.influence_results import Influence, InfluenceExamples
+from trainer_attrib.analysis.matching import recorded_of
 from trainer_attrib.analysis.results import Result
 from trainer_attrib.analysis.tables import aligned, require_matplotlib, shortened
 from trainer_attrib.errors import ConfigurationError, MissingDataError
+from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.numerics.outliers import NORMAL_MAD, mean_standardised, robust_z
 from trainer_attrib.numerics.scores import rank
 from trainer_attrib.report.blocks import Bar, Bars, Block, Grid, Notes
@@ -105,6 +107,20 @@ class Suspects(Result):
             tuple(rows), scores_N, influence.examples, influence.behaviors, influence.queries, influence.recipe, cut,
             (cut, "suspects are what increased the error most: read them before they are dropped", *influence.caveats),
         )  # fmt: skip
+
+    def located(self, stages: Sequence[StageReader]) -> Suspects:
+        """The same with steps, sources and texts that the stages' ledgers know and the scores do not tell."""
+        rows = list(self.rows)
+        for stage in stages:
+            own = [at for at, row in enumerate(rows) if row.stage == stage.name]
+            known = recorded_of(stage, [rows[at].example for at in own], [rows[at].text for at in own]) if own else []
+            for at, found in zip(own, known, strict=True):
+                if found is not None:
+                    row = rows[at]
+                    rows[at] = replace(
+                        row, step=row.step or found.step, source=row.source or found.source, text=row.text or found.text
+                    )
+        return replace(self, rows=tuple(rows))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -308,7 +308,9 @@ def _mean(rows: Sequence[Outcome]) -> Outcome:
 
 
 def _caveats(lineage: Lineage, stage: StageReader, asked: Removed, drift: float) -> list[str]:
-    said = f"run again with all examples, the stage ends {drift:.2g} of what it changed away from the recorded weights"
+    said = f"run again with all examples, the stage ends beside the recorded weights by {drift:.1%} of what it changed"
+    if drift == 0.0:
+        said = "run again with all examples, the stage ends at the recorded weights, bit for bit"
     if drift > DRIFTED:
         said += (
             ": another training of the same kind (dropout draws anew, or data and losses differ), so compare with it"
