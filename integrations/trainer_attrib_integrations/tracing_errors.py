@@ -16,7 +16,7 @@ from trainer_attrib.analysis.verification import Removed, Verification, loss_of
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib_integrations.given_data import WrongAnswer, load_model, read_examples, read_queries, read_rows
 
-CONTRAST, WRONG = "prefers the wrong to the right answer", "says the wrong answer"
+CONTRAST, WRONG = "prefers the wrong answer", "says the wrong answer"
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class Verification(Result):
         ]
         title = f"Stage {self.stage} again without {self.removed} of {self.examples:,} examples"
         note = "Change against the same training with all examples, mean over queries."
-        header = ("kind", "behavior", "queries", "before the stage", *_HEADS, "unit")
+        header = ("kind", "behavior", "queries", *_HEADS, "unit")
         means = [tuple(asdict(row).values()) for row in self.summary()]
         queries = [tuple(asdict(row).values()) for row in self.rows if row.kind == "error"]
         return [
@@ -123,8 +123,9 @@ class Verification(Result):
             (row.kind, row.behavior, row.query, *(f"{getattr(row, name):+.3f}" for name in COLUMNS), row.unit)
             for row in self.summary()
         ]
-        table = aligned(("", "behavior", "queries", "before the stage", *_HEADS, ""), cells)
-        return "\n".join([head, table, *self._lines(), *(f"note: {caveat}" for caveat in self.caveats)])
+        table = aligned(("", "behavior", "queries", *COLUMNS, ""), cells)
+        legend = "before the stage; trained, as recorded; again, with all examples; without suspects; without random ones"
+        return "\n".join([head, table, legend, *self._lines(), *(f"note: {caveat}" for caveat in self.caveats)])
 
     def _errors(self) -> list[str]:
         return list(dict.fromkeys(row.behavior for row in self.rows if row.kind == "error"))
@@ -146,7 +147,7 @@ class Verification(Result):
             yield f"{line}."
 
 
-_HEADS = ("trained", "again with all", "without suspects", "without random")
+_HEADS = ("before the stage", "trained", "again with all", "without suspects", "without random")
 
 
 @dataclass(frozen=True)
