@@ -14,7 +14,7 @@ from tests.report.test_page import HOSTILE
 from trainer_attrib import Analyzer, Behavior, Examples
 from trainer_attrib.analysis.influence_results import Influence, InfluenceExamples
 from trainer_attrib.analysis.suspects import DEFAULT_RECIPES, Suspects
-from trainer_attrib.analysis.verification import Removed
+from trainer_attrib.analysis.verification import Outcome, Removed, Verification
 from trainer_attrib.errors import ConfigurationError, MissingDataError
 from trainer_attrib.numerics.outliers import mean_standardised, robust_z
 
@@ -114,6 +114,10 @@ def test_hostile_texts_are_shown_never_run(tmp_path):
     assert "<img" not in html
     assert "alert(1)" in html  # it is there, escaped
     assert "<script" not in found._repr_html_()
+    row = Outcome("error", HOSTILE, HOSTILE, 0.0, 1.0, 1.0, 0.1, 0.9, HOSTILE)
+    shown = Verification(HOSTILE, 1, 2, 0.0, (row,), (HOSTILE,))._repr_html_()
+    assert "alert(1)" in shown
+    assert not any(tag in shown for tag in ("<script", "<img"))
     pytest.importorskip("matplotlib").use("Agg")
     assert len(found.plot().axes) == 1
 

@@ -21,7 +21,7 @@ from trainer_attrib.analysis.results import Result
 from trainer_attrib.analysis.retraining import retrain
 from trainer_attrib.analysis.suspects import Suspects
 from trainer_attrib.analysis.tables import aligned
-from trainer_attrib.analysis.training_state import TrainingState
+from trainer_attrib.analysis.training_state import TrainingState, state_of
 from trainer_attrib.errors import ConfigurationError, MissingDataError, NotComparableError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.report.blocks import Bar, Bars, Block, Grid, Notes
@@ -124,7 +124,9 @@ class Verification(Result):
             for row in self.summary()
         ]
         table = aligned(("", "behavior", "queries", *COLUMNS, ""), cells)
-        legend = "before the stage; trained, as recorded; again, with all examples; without suspects; without random ones"
+        legend = (
+            "before the stage; trained, as recorded; again, with all examples; without suspects; without random ones"
+        )
         return "\n".join([head, table, legend, *self._lines(), *(f"note: {caveat}" for caveat in self.caveats)])
 
     def _errors(self) -> list[str]:
@@ -240,7 +242,7 @@ def verify_removal(view: Callable[[Sequence[Behavior]], Lineage], stage: StageRe
         return _finite(state, stage)
 
     again = trained(frozenset())
-    drift = _drift(stage, recorded, start, again)
+    drift = _drift(lineage, stage, again)
     random = [lineage.measure(trained(drawn)) for drawn in _drawn(asked, left_out)]
     values = [lineage.measure(state) for state in (start, recorded, again, trained(left_out))]
     means = [torch.stack(draws).mean(0) for draws in zip(*random, strict=True)]
@@ -282,14 +284,18 @@ def _finite(state: TrainingState, stage: StageReader) -> TrainingState:
     return state
 
 
-def _drift(stage: StageReader, recorded: TrainingState, start: TrainingState, again: TrainingState) -> float:
-    names = [name for name in stage.meta["trainable"] if name in again.weights]
-    missed, changed = (_distance(state.weights, again.weights, names) for state in (recorded, start))
+def _drift(lineage: Lineage, stage: StageReader, again: TrainingState) -> float:
+    final = state_of(lineage.model).weights  # a state names the weights that stood elsewhere then
+    names = [name for name in stage.meta["trainable"] if name in final]
+    missed, changed = (
+        _distance({name: state.weights.get(name, final[name]) for name in names}, again.weights)
+        for state in (lineage.end(stage), lineage.start(stage))
+    )
     return missed / changed if changed else float(missed > 0)
 
 
-def _distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Sequence[str]) -> float:
-    squares = [(first[n].double() - second[n].double()).square().sum() for n in names if n in first]
+def _distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    squares = [(value.double() - second[name].double()).square().sum() for name, value in first.items()]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
