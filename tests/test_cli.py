@@ -27,13 +27,31 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_the_flags_are_frozen(capsys):
     """A flag that changes breaks somebody's script."""
     flags = {}
-    for command in ("demo", "inspect", "sketch", "verify"):
+    for command in ("demo", "influence", "inspect", "sketch", "verify"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
-        words = capsys.readouterr().out.replace(",", " ").replace("[", " ").replace("]", " ").split()
+        words = capsys.readouterr().out.translate(str.maketrans(",[]();", "      ")).split()
         flags[command] = sorted({word for word in words if word.startswith("--")})
     assert flags == {
         "demo": ["--debug", "--help", "--json", "--out", "--seed"],
+        "influence": [
+            "--batch-size",
+            "--clean",
+            "--data",
+            "--debug",
+            "--held-out",
+            "--help",
+            "--json",
+            "--model",
+            "--prompt",
+            "--queries",
+            "--recipe",
+            "--right",
+            "--stage",
+            "--top",
+            "--verify",
+            "--wrong",
+        ],
         "inspect": ["--debug", "--help", "--json"],
         "sketch": ["--batch-size", "--data", "--debug", "--help", "--json", "--model", "--snapshots", "--stage"],
         "verify": ["--debug", "--help", "--json"],

@@ -1,4 +1,4 @@
-"""The command line: ``trainer-attrib demo | inspect | sketch | verify``.
+"""The command line: ``trainer-attrib demo | influence | inspect | sketch | verify``.
 
 Exit codes: 0 done, 1 the ledger has problems (``verify``), 2 wrong use or an error this library raises on purpose.
 """
@@ -44,14 +44,33 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _command(commands, "inspect", "print the tree of stages with steps, examples and sizes", _inspect)
     verify = _command(commands, "verify", "check every sealed file against its length and checksum", _verify)
     sketch = _command(commands, "sketch", "rows of given examples at recorded snapshots, stored in the ledger", _sketch)
-    for command in (inspect, verify, sketch):
+    influence = _command(
+        commands, "influence", "which examples taught the model an error, and what without them", _influence
+    )
+    for command in (inspect, verify, sketch, influence):
         command.add_argument("ledger", help="directory or URL given to the callback")
-    sketch.add_argument("--model", required=True, help="folder of the trained model and its tokenizer")
-    sketch.add_argument("--stage", required=True, help="that was trained on the examples")
+    for command in (sketch, influence):
+        command.add_argument("--model", required=True, help="folder of the trained model and its tokenizer")
+        command.add_argument("--stage", required=True, help="that was trained on the examples")
+        command.add_argument("--batch-size", type=int, default=8, help="examples in one pass (default: %(default)s)")
     sketch.add_argument("--data", required=True, help="JSON lines: a text, or a prompt and a completion; id, source")
     sketch.add_argument("--snapshots", nargs="+", default=["end"], help="names of recorded states (default: end)")
-    sketch.add_argument("--batch-size", type=int, default=8, help="examples in one pass (default: %(default)s)")
+    _influence_arguments(influence)
     return parser
+
+
+def _influence_arguments(influence: argparse.ArgumentParser) -> None:
+    add = influence.add_argument
+    add("--prompt", help="after which the model goes wrong")
+    add("--wrong", help="what it says then, with the space before it if there is one")
+    add("--right", help="what it should say, for the contrast of the two")
+    add("--queries", help="JSON lines of more: prompt, wrong, and right if it is known")
+    add("--data", help="the stage's examples as JSON lines: a text, or a prompt and a completion; id, source")
+    add("--recipe", help="how examples are scored (default: by recorded rows, or by --data if they are given)")
+    add("--top", type=int, help="so many suspects (default: those that stand out)")
+    add("--clean", help="new folder for --data without the suspects, as datasets.load_from_disk reads it")
+    add("--verify", action="store_true", help="train the stage again without the suspects, and compare")
+    add("--held-out", help="other examples like --data, whose loss --verify compares too")
 
 
 def _command(commands: Any, name: str, what: str, run: Any) -> argparse.ArgumentParser:
@@ -81,6 +100,31 @@ def _inspect(options: argparse.Namespace) -> int:
 
     found = overview(Ledger(options.ledger))
     print(json.dumps(found, indent=1) if options.json else "\n".join(tree_lines(found)))
+    return 0
+
+
+def _influence(options: argparse.Namespace) -> int:
+    try:
+        from trainer_attrib.integrations.tracing_errors import TracedError
+    except MissingExtraError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(error.name or str(error), "huggingface") from None
+    traced = TracedError.asked(options)
+    found = traced.suspects()
+    results: dict[str, Any] = {"suspects": found.to_dict()}
+    if not options.json:
+        print(found)
+    if options.clean:
+        results["cleaned"] = str(traced.clean(found))
+    if options.clean and not options.json:
+        print(f"{results['cleaned']}: the data without the suspects, and which were dropped, in dropped.jsonl")
+    if options.verify:
+        verified = traced.verify(found)
+        results["verified"] = verified.to_dict()
+        _quiet() if options.json else print("", verified, sep="\n")
+    if options.json:
+        print(json.dumps(results, indent=1))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.errors import ConfigurationError
 
 _KEYS = 'a "text", or a "prompt" and a "completion"; "id" and "source" if there are'
+_QUERY = ("prompt", "wrong", "right")
+_QUERY_KEYS = 'a "prompt" and a "wrong" answer; a "right" one if it is known'
+
+
+@dataclass(frozen=True)
+class WrongAnswer:
+    """What the model says after a prompt, and what it should say, if that is known."""
+
+    prompt: str
+    wrong: str
+    right: str | None = None
 
 
 def load_model(folder: str) -> tuple[nn.Module, Any]:
@@ -40,14 +52,14 @@ def read_examples(file: str, tokenizer: Any, batch_size: int) -> Examples:
     Raises:
         ConfigurationError: there is no such file, a line is not such an object, or there are both texts and pairs.
     """
-    rows = list(_lines(Path(file)))
+    rows = list(_examples(Path(file)))
     pairs = ["completion" in row for _, row in rows]
     if not rows or any(pairs) != all(pairs):
         raise ConfigurationError(
             f"{file} holds {len(rows)} examples, {sum(pairs)} of them with a completion.", fix=f"give each {_KEYS}."
         )
     about: dict[str, Any] = {
-        "ids": [str(row.get("id", number)) for number, row in rows],
+        "ids": [str(number if row.get("id") is None else row["id"]) for number, row in rows],
         "sources": [row.get("source") for _, row in rows],
         "batch_size": batch_size,
     }
@@ -57,19 +69,54 @@ def read_examples(file: str, tokenizer: Any, batch_size: int) -> Examples:
     return Examples.of_texts([row["text"] for _, row in rows], tokenizer, **about)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigurationError(f"Cannot read {file}: {error.strerror}.", fix="pass a file of JSON lines.") from None
-    for number, line in enumerate(line for line in lines if line.strip()):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+def read_rows(file: str) -> list[dict[str, Any]]:
+    """The same lines as they are. A row without an id is named by its number, as :func:`read_examples` names it.
+
+    Raises:
+        ConfigurationError: there is no such file, or a line is not such an object.
+    """
+    return [row for _, row in _examples(Path(file))]
+
+
+def read_queries(file: str) -> list[WrongAnswer]:
+    """Wrong answers from a file, one JSON object a line.
+
+    Raises:
+        ConfigurationError: there is no such file, it is empty, or a line is not such an object.
+    """
+    found = []
+    for number, line, row in _lines(Path(file)):
+        prompt, wrong, right = (row.get(key) if isinstance(row, dict) else None for key in _QUERY)
+        if not (isinstance(prompt, str) and isinstance(wrong, str) and isinstance(right, str | None)):
+            raise ConfigurationError(
+                f"Line {number + 1} of {file} is not a query: {line[:60]!r}.", fix=f"give each line {_QUERY_KEYS}."
+            )
+        found.append(WrongAnswer(prompt, wrong, right))
+    if not found:
+        raise ConfigurationError(f"{file} holds no queries.", fix=f"give each line {_QUERY_KEYS}.")
+    return found
+
+
+def _examples(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line, row in _lines(file):
         wanted = ("text",) if not isinstance(row, dict) or "completion" not in row else ("prompt", "completion")
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in wanted):
             raise ConfigurationError(
                 f"Line {number + 1} of {file} is not an example: {line[:60]!r}.", fix=f"give each line {_KEYS}."
             )
         yield number, row
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str, Any]]:
+    """Number, line, and what it holds, None where that is not JSON; empty lines do not count."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside a JSON string
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigurationError(f"Cannot read {file}: {why}.", fix="pass a file of JSON lines in UTF-8.") from None
+    for number, line in enumerate(line for line in lines if line.strip()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        yield number, line, row

@@ -12,6 +12,7 @@ from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.calibration import BETAS, Calibration, Canaries, calibrate
 from trainer_attrib.analysis.checking import Check, check
 from trainer_attrib.analysis.controls import CONTROLS
+from trainer_attrib.analysis.effects.lineage import chosen_stages
 from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.error_queries import ErrorQueries
 from trainer_attrib.analysis.examples import Examples
@@ -24,6 +25,8 @@ from trainer_attrib.analysis.recipes.recipe import Question, Recipe
 from trainer_attrib.analysis.recipes.tokens import token_scores
 from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.where import Where
+from trainer_attrib.analysis.suspects import DEFAULT_RECIPE, Suspects
+from trainer_attrib.analysis.verification import Removed, Verification, verify_removal
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.passes import PassReader
 from trainer_attrib.ledger.reader import StageReader
@@ -78,7 +81,7 @@ class ExampleQuestions(Opened):
             MissingExtraError: ``candidates`` without the extra ``faiss``.
             NotComparableError: a stage none of whose sketched weights the model has (its adapter was merged since).
         """
-        chosen = self._chosen(stages)
+        chosen = chosen_stages(self.lineage, stages)
         if keep is not None and keep < 1:
             raise ConfigurationError(f"keep={keep}, at least 1 example has to be kept.", fix="correct this argument.")
         if candidates is not None:
@@ -87,6 +90,26 @@ class ExampleQuestions(Opened):
         carried = None if carry is None else CarriedQueries(question.lineage, behaviors, chosen, carry)
         asked = replace(question, carried=carried, where=where, keep=keep, candidates=candidates)
         return influences.influence(asked, recipe, controls)
+
+    def suspects(
+        self,
+        behaviors: Sequence[Behavior],
+        stages: Sequence[str] | None = None,
+        recipe: str | Recipe | None = None,
+        *,
+        data: Mapping[str, Examples] | None = None,
+        k: int | None = None,
+        source: str | Snapshots = "training",
+    ) -> Suspects:
+        """The examples that most increased an error: :meth:`Suspects.of` the influence on behaviors that *grow* with
+        it (:meth:`error_behavior`), by ``recipe`` (``DEFAULT_RECIPE``). See :meth:`influence` for the rest."""
+        found = self.influence(behaviors, stages, recipe or DEFAULT_RECIPE, data=data, source=source)
+        return Suspects.of(found, k).located(self.lineage)
+
+    def verify_removal(self, stage: str, asked: Removed) -> Verification:
+        """Train a stage again without its suspects: is the error gone, and what else changed? See
+        :func:`~trainer_attrib.analysis.verification.verify_removal`."""
+        return verify_removal(self._view, self._stage(stage), asked)
 
     def sketch(self, data: Mapping[str, Examples], snapshots: Sequence[str] = ("end",)) -> list[Pass]:
         """Rows of given examples at recorded states of the model, for data of which training left none or too few.

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from trainer_attrib.analysis.behavior import Behavior
-from trainer_attrib.analysis.effects.lineage import Lineage
+from trainer_attrib.analysis.effects.lineage import Lineage, chosen_stages
 from trainer_attrib.analysis.programs import Program
 from trainer_attrib.analysis.timeline import Timeline
-from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.journal import check_same_model
 from trainer_attrib.ledger.links import describe_weights, find_link
 from trainer_attrib.ledger.reader import Ledger, StageReader, no_stage_ended_with
@@ -33,23 +32,7 @@ class Opened:
         self._timeline = Timeline(model, self.lineage, self.link)
 
     def _stage(self, name: str) -> StageReader:
-        for stage in self.lineage:
-            if stage.name == name:
-                return stage
-        raise ConfigurationError(
-            f"No stage '{name}' led to this model; these did: {[stage.name for stage in self.lineage]}.",
-            fix="choose among those.",
-        )
-
-    def _chosen(self, stages: Sequence[str] | None) -> list[StageReader]:
-        chosen = [stage for stage in self.lineage if stages is None or stage.name in stages]
-        unknown = set(stages or ()) - {stage.name for stage in chosen}
-        if unknown or not chosen:
-            raise ConfigurationError(
-                f"Stages {sorted(unknown)} did not lead to this model; these did: {[s.name for s in self.lineage]}.",
-                fix="choose among those.",
-            )
-        return chosen
+        return chosen_stages(self.lineage, [name])[0]
 
     def _view(self, behaviors: Sequence[Behavior], programs: Mapping[str, Program] | None = None) -> Lineage:
         return Lineage(self.model, self.lineage, self._timeline, list(behaviors), programs or {})

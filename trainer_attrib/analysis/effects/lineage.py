@@ -13,6 +13,7 @@ from trainer_attrib.analysis.displacement import Displacement, moved
 from trainer_attrib.analysis.programs import Program
 from trainer_attrib.analysis.timeline import Timeline
 from trainer_attrib.analysis.training_state import TrainingState, standing
+from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.names import buffers_by_name, parameters_by_name
 
@@ -92,3 +93,20 @@ class Lineage:
 
     def _index(self, stage: StageReader) -> int:
         return [s.name for s in self.stages].index(stage.name)
+
+
+def chosen_stages(stages: Sequence[StageReader], names: Sequence[str] | None) -> list[StageReader]:
+    """The stages of these names in the order of training; all of them without names.
+
+    Raises:
+        ConfigurationError: a name that none of them has, or none are chosen.
+    """
+    chosen = [stage for stage in stages if names is None or stage.name in names]
+    unknown = set(names or ()) - {stage.name for stage in chosen}
+    if unknown or not chosen:
+        named = ", ".join(map(repr, sorted(unknown))) or "is named that"
+        raise ConfigurationError(
+            f"No stage {named} led to this model; these did: {[s.name for s in stages]}.",
+            fix="choose among those.",
+        )
+    return chosen

@@ -43,25 +43,34 @@ class TrainedRows:
         Raises:
             NotComparableError: it does not have all of them, or its rows are documents of packed rows.
         """
-        _check_recorded(stage)
-        tables = [block.table.select(["example", "step", "micro_batch", "row"]) for block in stage.rows()]
-        columns = [
-            np.concatenate([table[name].to_numpy(zero_copy_only=False) for table in tables])
-            for name in ("example", "step", "micro_batch", "row")
-        ]
-        names, step, micro, row = columns
+        names, step, micro = recorded_visits(stage, "example", "step", "micro_batch")
         ids, index = np.unique(names.astype(str), return_inverse=True)
         last_step = np.zeros(len(ids), np.int64)
         np.maximum.at(last_step, index, step)
-        order = np.lexsort((row, micro, step))
-        places = np.stack([step[order] - 1, micro[order]], axis=1)
+        places = np.stack([step - 1, micro], axis=1)
         begins = np.flatnonzero(np.any(places[1:] != places[:-1], axis=1)) + 1
         sides = Layout(stage.meta.get("layout", Layout.ROWS)).sides
         at = {
-            (int(places[part[0], 0]), int(places[part[0], 1])): np.tile(index[order[part]], sides)
-            for part in np.split(np.arange(len(order)), begins)
+            (int(places[part[0], 0]), int(places[part[0], 1])): np.tile(index[part], sides)
+            for part in np.split(np.arange(len(index)), begins)
         }
         return TrainedRows(ids.tolist(), last_step, np.bincount(index, minlength=len(ids)), at)
+
+
+def recorded_visits(stage: StageReader, *columns: str) -> list[np.ndarray]:
+    """Columns of the rows table of every visit of an example, in the order of training.
+
+    Raises:
+        NotComparableError: the stage does not have all of them, or its rows are documents of packed rows.
+    """
+    _check_recorded(stage)
+    tables = [block.table for block in stage.rows()]
+    step, micro, row, *found = (
+        np.concatenate([table[name].to_numpy(zero_copy_only=False) for table in tables])
+        for name in ("step", "micro_batch", "row", *columns)
+    )
+    order = np.lexsort((row, micro, step))
+    return [column[order] for column in found]
 
 
 def _check_recorded(stage: StageReader) -> None:
@@ -78,7 +87,7 @@ def _check_recorded(stage: StageReader) -> None:
         if holds:
             raise NotComparableError(
                 f"It is not known which examples each step of stage '{stage.name}' was trained on: {reason}.",
-                cause="the exact derivative needs every example of every step.",
+                cause="to run its steps again, or to differentiate them, takes every example of every step.",
                 fix="record the stage with SketchConfig(sample=1, every_n_steps=1), one example per row, in one "
                 "process; or use another recipe.",
             )
