@@ -26,7 +26,7 @@ from trainer_attrib.evaluation.lexical import bm25_scores
 from trainer_attrib.numerics.scores import standardized
 
 FORMS = ("contrast", "learned", "alternative", "background", "plain")
-SLOW, FEW = ("cea", "directional", "fisher", "trackstar"), ("contrast", "learned", "plain")
+SLOW, FEW = ("cea", "directional", "fisher", "trackstar"), ("contrast", "plain")
 """Recipes that are only asked for some forms of queries."""
 ALL = Snapshots(("start", "mid-1", "mid-2", "mid-3", "end"))
 BACKGROUND = 48

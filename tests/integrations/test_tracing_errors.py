@@ -96,11 +96,11 @@ def test_it_prints_suspects_for_people(traced, capsys):
     )
     printed = capsys.readouterr().out
     assert "3 suspects of 24 examples, recipe dda, for: w1 w22 w20 w9" in printed
-    assert "web     w1 w22 w20 w9\n" in printed
+    assert "web     w1 w22 w20 w9\n" in printed  # the source is told by the data
     found = main(arguments(traced, *ASKED, "--prompt", "w1 w21 w20 ", "--wrong", "w9", "--right", "w10", "--top", "3"))
     assert found == 0  # over the recorded rows
     printed = capsys.readouterr().out
-    assert "recipe trackstar, for: w1 w21 w20 w9  (not:w10) and 2 more" in printed
+    assert "recipe dda, for: w1 w21 w20 w9  (not:w10) and 2 more" in printed
     assert main(arguments(traced, *ASKED, "--recipe", "grad_cos", "--data", "data.jsonl", "--verify")) == 0
     printed = capsys.readouterr().out
     assert "recipe grad_cos" in printed

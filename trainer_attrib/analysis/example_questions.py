@@ -104,7 +104,7 @@ class ExampleQuestions(Opened):
         """The examples that most increased an error: :meth:`Suspects.of` the influence on behaviors that *grow* with
         it (:meth:`error_behavior`), by ``recipe`` (``DEFAULT_RECIPE``). See :meth:`influence` for the rest."""
         found = self.influence(behaviors, stages, recipe or DEFAULT_RECIPE, data=data, source=source)
-        return Suspects.of(found, k).located(self.lineage)
+        return Suspects.of(found, k).located(self.lineage).told_by(data or {})
 
     def verify_removal(self, stage: str, asked: Removed) -> Verification:
         """Train a stage again without its suspects: is the error gone, and what else changed? See

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer_attrib.analysis.cleaning import Rows
+from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.influence_results import Influence, InfluenceExamples
 from trainer_attrib.analysis.matching import recorded_of
 from trainer_attrib.analysis.recipes.dda import Dda
@@ -122,6 +123,17 @@ class Suspects(Result):
                     rows[at] = replace(
                         row, step=row.step or found.step, source=row.source or found.source, text=row.text or found.text
                     )
+        return replace(self, rows=tuple(rows))
+
+    def told_by(self, data: Mapping[str, Examples]) -> Suspects:
+        """The same with sources and texts of given examples, by name of the stage, that nobody told so far."""
+        rows = []
+        for row in self.rows:
+            given = data.get(row.stage)
+            if given is not None and row.example in given.ids:
+                at = given.ids.index(row.example)
+                row = replace(row, source=row.source or given.sources[at], text=row.text or given.texts[at])
+            rows.append(row)
         return replace(self, rows=tuple(rows))
 
     def __len__(self) -> int:
