@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, no telemetry is sent
@@ -60,6 +61,7 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, say: Say = print) ->
     say(f"Data: {len(data.pretrain)} texts, {len(data.sft)} questions and answers, {len(data.dpo)} preference pairs.")
     say(f"{len(data.planted)} of {len(data.planted) + len(data.true)} countries get a wrong capital in stage 'sft'.\n")
     _train(folder, data, tokenizer, model, say)
+    _leave(folder, data, tokenizer, model)
     analyzer = Analyzer(folder / "ledger", model)
     say("\n" + "\n".join(tree_lines(overview(analyzer.ledger))))
     effects, exact = _account(analyzer, data, tokenizer, folder, say)
@@ -122,6 +124,15 @@ def _train(folder: Path, data: DemoData, tokenizer: PreTrainedTokenizerFast, mod
     for stage, program in recorded.items():
         say(f"Training stage '{stage}' ...")
         program(model).train()
+
+
+def _leave(folder: Path, data: DemoData, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
+    """The model and the data of stage 'sft', as ``trainer-attrib influence`` reads them."""
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    end = str(tokenizer.eos_token)
+    rows = [{**row, "completion": row["completion"] + end} for row in data.sft]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _account(
