@@ -8,7 +8,7 @@ kinds of canaries that it was not fitted on.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ class Calibration(Result):
     candidates: tuple[Candidate, ...]
     queries: int
     kinds: int
-    caveats: tuple[str, ...] = field(default=())
+    caveats: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Candidate:

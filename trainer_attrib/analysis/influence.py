@@ -39,7 +39,7 @@ def influence(question: Question, recipe: str | Recipe, controls: Sequence[str] 
         AnalysisError: something is missing that the recipe needs.
     """
     chosen = recipe_of(recipe)
-    if question.where is not None and not hasattr(getattr(chosen, "recipe", chosen), "prepare"):
+    if question.where is not None and not _reads_rows(chosen):
         raise ConfigurationError(
             f"Recipe '{chosen.name}' scores the given examples, `where` chooses among recorded rows.",
             fix="leave out of `data` what is not to be scored.",
@@ -72,6 +72,11 @@ def influence(question: Question, recipe: str | Recipe, controls: Sequence[str] 
         keep=question.keep,
         sums=sums,
     )
+
+
+def _reads_rows(recipe: Recipe) -> bool:
+    """Itself, or by the recipe whose scores it corrects."""
+    return hasattr(getattr(recipe, "recipe", recipe), "prepare")
 
 
 def _kept(stage: StageScores, keep: int) -> StageScores:

@@ -92,7 +92,7 @@ class Suspects(Result):
             )
         ids = influence.examples.ids.astype(str)
         scores_QN = np.where(np.isfinite(influence.scores), influence.scores, np.nan)
-        scores_N = denoised(standardized(scores_QN)[:, None])[0]
+        scores_N = denoised(standardized(scores_QN)[:, None])[0]  # the mean over what scores an example: here, queries
         z_N = robust_z(scores_N)
         count, cut = _cut(z_N, k)
         shares_N = np.zeros(len(ids))

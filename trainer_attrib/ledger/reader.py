@@ -152,6 +152,11 @@ class StageReader(StageTensors):
         first = np.unique(examples["example"].to_numpy(zero_copy_only=False), return_index=True)[1]
         return examples.take(np.sort(first))  # several processes may have seen the same one
 
+    def sources(self) -> dict[str, str | None]:
+        """The data source of every example."""
+        told = self.examples()
+        return dict(zip(told["example"].to_pylist(), told["source"].to_pylist(), strict=True))
+
     def problems(self) -> list[str]:
         """Everything wrong with the sealed files: lengths, checksums, missing snapshots. Empty means sound."""
         found = []

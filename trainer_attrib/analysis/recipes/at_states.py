@@ -120,18 +120,13 @@ def _nearest(stage: StageReader, name: str, where: Where | None) -> Where | None
         return where
     at = next(entry["step"] for entry in stage.meta["snapshots"] if entry["name"] == name) + 0.5
     wanted = where or Where()
-    passes, found = wanted.of_stage(lambda: _sources(stage)), dict[str, int]()
+    passes, found = wanted.of_stage(stage.sources), dict[str, int]()
     for block in stage.rows():
         table = block.table.filter(pa.array(passes(block.table) & block.table["complete"].to_numpy(False)))
         for example, step in zip(table["example"].to_pylist(), table["step"].to_pylist(), strict=True):
             if example not in found or (abs(step - at), step) < (abs(found[example] - at), found[example]):
                 found[example] = step
     return NearestVisits(sources=wanted.sources, steps=wanted.steps, ids=wanted.ids, steps_of=found)
-
-
-def _sources(stage: StageReader) -> dict[str, str | None]:
-    told = stage.examples()
-    return dict(zip(told["example"].to_pylist(), told["source"].to_pylist(), strict=True))
 
 
 def _aligned(found: Sequence[StageScores]) -> tuple[InfluenceExamples, np.ndarray]:

@@ -118,7 +118,7 @@ class StreamedStage:
         """The rows of one version in each part of the ledger, none of which is read yet."""
         self.left_out, self.raw = {}, 0
         rates, corrected = self.rates, bool(self.reader.meta["versions"])
-        passes = None if where is None else where.of_stage(self.sources)
+        passes = None if where is None else where.of_stage(self.reader.sources)
         blocks = self.reader.rows()
         total = self.reader.row_parts()
         for block in tqdm(blocks, desc=f"{title} {self.reader.name}", total=total, leave=False, disable=None):
@@ -143,11 +143,6 @@ class StreamedStage:
     def described(self) -> pa.Table:
         """Source and text of the examples."""
         return self.reader.examples()
-
-    def sources(self) -> dict[str, str | None]:
-        """The data source of every example."""
-        told = self.described
-        return dict(zip(told["example"].to_pylist(), told["source"].to_pylist(), strict=True))
 
     def _skip(self, reason: str, rows: int) -> None:
         if rows:
@@ -235,7 +230,7 @@ def _collect(
     recipe: RowRecipe, question: Question, stage: StreamedStage, score: Score, queries: int, sums: StageSums
 ) -> Found:
     """All scores, or both ends of them; row by row they are added to the sums."""
-    sources = stage.sources()
+    sources = stage.reader.sources()
 
     def stream(collector: AllScores | Ends, group: slice, summing: bool) -> Found:
         for part in stage.parts("scoring", question.where):
