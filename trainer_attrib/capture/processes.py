@@ -7,6 +7,7 @@ ever.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer_attrib.errors import CaptureError, LedgerError
+
+_LET_GO = 0.02
+"""Seconds that pass after a stage's last collective. Gloo's thread lets go of its tensors a moment after the result is
+there, and needs the interpreter for it; where the interpreter ended in between (the training's last line is near), the
+process aborted: "terminate called without an active exception" (torch 2.13, Python 3.11; docs/log.md)."""
 
 
 @dataclass
@@ -94,6 +100,7 @@ class Processes:
             return well and not self.broken
         votes: list[Any] = [None] * self.size
         dist.all_gather_object(votes, well)
+        time.sleep(_LET_GO)
         return all(votes)
 
 
