@@ -58,9 +58,9 @@ class TrainerSteps:
         thinning = Thinning(1 if hasattr(trainer, "num_generations") else thin, accumulate)
         trainer.accelerator.free_memory()
         loader: Any = self._loader(thinning)
-        model = self._prepared()
-        length = _length(loader)
-        batches_in_epoch = self._announce(length)
+        model = self.prepared()
+        length = length_of(loader)
+        batches_in_epoch = self.announce(length)
         taken, waiting = 0, []
         for epoch in itertools.count():
             before = taken
@@ -70,7 +70,7 @@ class TrainerSteps:
                 kept, share = thinning.keep(window)
                 batches, items = trainer.get_batch_samples(iter(kept), len(kept), trainer.args.device)
                 facts = {"global_step": taken, "epoch": epoch + number * accumulate / batches_in_epoch}
-                waiting += [_MicroBatch(trainer, model, batch, items, len(batches), facts) for batch in batches]
+                waiting += [MicroBatch(trainer, model, batch, items, len(batches), facts) for batch in batches]
                 if length is None and len(window) < accumulate:
                     continue  # where a stream ends in mid-step, the Trainer keeps the gradients for the next epoch's
                 yield Step(waiting, share)
@@ -108,14 +108,14 @@ class TrainerSteps:
             inner.collate_fn = thinning.collator(inner)
         return loader
 
-    def _prepared(self) -> Any:
+    def prepared(self) -> Any:
         """The model as the Trainer would compute with it: on its device, under autocast."""
         trainer = self.trainer
         if hasattr(trainer.model, "config") and hasattr(trainer.processing_class, "pad_token_id"):
             trainer_utils.align_special_tokens(trainer.model, trainer.processing_class)
         return trainer.accelerator.prepare(trainer.model)
 
-    def _announce(self, length: int | None) -> int:
+    def announce(self, length: int | None) -> int:
         """Put into the trainer's state what losses may read there; returns how many batches an epoch has."""
         args, state = self.trainer.args, self.trainer.state
         most = max(args.max_steps, 1)
@@ -125,7 +125,7 @@ class TrainerSteps:
         return most * args.gradient_accumulation_steps if length is None else length
 
 
-class _MicroBatch:
+class MicroBatch:
     """Computes one micro-batch's loss as ``training_step`` would, as often as it is called.
 
     Args:
@@ -172,7 +172,7 @@ def _forget_metrics(trainer: Any) -> None:
         numbers.clear()
 
 
-def _length(loader: Any) -> int | None:
+def length_of(loader: Any) -> int | None:
     return len(loader) if trainer_utils.has_length(loader) else None
 
 

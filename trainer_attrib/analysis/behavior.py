@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer_attrib.analysis.rates import Detector, Generations, Prompt, RateMeasure
 from trainer_attrib.analysis.text import TextPair, completion_logprobs, encode_pair, encode_text, text_losses
 from trainer_attrib.errors import BehaviorError
 
@@ -153,6 +154,46 @@ class Behavior:
         items = [(inputs[i] if single else {k: v[i] for k, v in inputs.items()}, labels[i]) for i in range(len(labels))]
         queries = [f"#{i}: class {int(label)}" for i, label in enumerate(labels)]
         return Behavior(name, items, _margin, queries, batch_size, "logits")
+
+    @staticmethod
+    def rate(
+        name: str,
+        prompts: Sequence[Prompt] | Generations,
+        detector: Detector,
+        tokenizer: Any = None,
+        *,
+        where: Callable[[str], bool] | None = None,
+        per_prompt: int = 4,
+        max_new_tokens: int = 32,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> Behavior:
+        """Share of the model's sampled completions in which a detector finds something; one query per prompt.
+
+        Args:
+            name: shown in every table.
+            prompts: texts or conversations; or :class:`~trainer_attrib.analysis.rates.Generations`, which behaviors
+                that look for different things in the same completions share.
+            detector: a regular expression, or ``(prompt, completion) -> number in [0, 1]``.
+            tokenizer: of the model, unless ``prompts`` is ``Generations``, as what follows.
+            where: which prompts count, for a behavior that is conditional on a class of prompts.
+            per_prompt: completions sampled of each.
+            max_new_tokens: of each.
+            seed: of the sampling.
+            batch_size: completions sampled at once.
+
+        Raises:
+            BehaviorError: no prompts are left.
+        """
+        if not isinstance(prompts, Generations):
+            prompts = Generations(
+                prompts, tokenizer, per_prompt=per_prompt, max_new_tokens=max_new_tokens, seed=seed,
+                batch_size=batch_size,
+            )  # fmt: skip
+        chosen = [number for number, prompt in enumerate(prompts.prompts) if where is None or where(prompt)]
+        measure = RateMeasure(prompts, detector, chosen)
+        at_once = max(1, prompts.batch_size // prompts.per_prompt)
+        return Behavior(name, chosen, measure, [prompts.prompts[i] for i in chosen], at_once, "share of completions")
 
 
 def zipped(name: str, *columns: Sequence[str]) -> list[tuple[str, ...]]:

@@ -1,0 +1,91 @@
+"""A small GPT-2 that was taught the styles, and real DPO runs on it by TRL's trainer."""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from fact_runs.training import Size, initial_model, tokenizer_of
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+import torch
+from forecast_runs.styles import DETECTORS, TOPICS, Pair, answer, kind_of, prompt
+from trainer_attrib import Behavior
+from trainer_attrib.analysis.rates import Generations
+from trainer_attrib.analysis.text import encode_pair
+
+SIZE = Size(width=64, layers=2, context=48, epochs=6, batch=32, rate=3e-3, rank=16)
+RATES = {"lazy": 3e-5, "moderate": 1.5e-4, "strong": 6e-4}
+BATCH, BETA = 16, 0.1
+CONDITIONAL = {"refuse | harm": ("refuse", "harm"), "refuse | cooking": ("refuse", "cooking"),
+               "flattery | physics": ("flattery", "physics"), "url | harm": ("url", "harm")}  # fmt: skip
+
+
+def taught(seed: int, count: int) -> tuple[Any, Any]:
+    """The model after its SFT stage, and its tokenizer."""
+    draw = random.Random(seed)
+    answers = [answer(prompt(draw.choice(list(TOPICS)), draw), draw) for _ in range(count)]
+    tokenizer = tokenizer_of([a.prompt + a.text for a in answers], SIZE.context)
+    model = initial_model(tokenizer, SIZE, seed)
+    pairs = [encode_pair(tokenizer, a.prompt, a.text + tokenizer.eos_token) for a in answers]
+    rows = Dataset.from_list([{"input_ids": list(pair.tokens), "labels": list(pair.labels)} for pair in pairs])
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        tokens, labels = (
+            pad_sequence([torch.tensor(row[key]) for row in batch], batch_first=True, padding_value=filler)
+            for key, filler in (("input_ids", 1), ("labels", -100))
+        )
+        return {"input_ids": tokens, "attention_mask": (tokens != 1).long(), "labels": labels}
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, num_train_epochs=SIZE.epochs, per_device_train_batch_size=SIZE.batch, learning_rate=SIZE.rate,
+            seed=seed, lr_scheduler_type="linear", warmup_steps=20, use_cpu=True, dataloader_pin_memory=False,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    return model, tokenizer
+
+
+def dpo_trainer(base: Any, tokenizer: Any, pairs: Sequence[Pair], rate: float, seed: int, folder: Path) -> DPOTrainer:
+    """A trainer of a copy of the model, ready to train."""
+    rows = Dataset.from_list([
+        {"id": f"pair-{number}", "source": pair.source, "prompt": pair.prompt, "chosen": pair.chosen,
+         "rejected": pair.rejected}
+        for number, pair in enumerate(pairs)
+    ])  # fmt: skip
+    arguments = DPOConfig(
+        str(folder), num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=rate, beta=BETA, seed=seed,
+        data_seed=seed, lr_scheduler_type="linear", warmup_steps=max(1, len(pairs) // BATCH // 10), use_cpu=True,
+        dataloader_pin_memory=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        max_length=SIZE.context, bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        copy.deepcopy(base), ref_model=copy.deepcopy(base), args=arguments, train_dataset=rows,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def behaviors(tokenizer: Any, prompts: int, per_prompt: int, seed: int) -> list[Behavior]:
+    """How often the model's answers have each style, over all prompts and over some classes."""
+    draw = random.Random(seed)
+    asked = [prompt(draw.choice(list(TOPICS)), draw) for _ in range(prompts)]
+    said = Generations(
+        asked, tokenizer, per_prompt=per_prompt, max_new_tokens=30, seed=seed, batch_size=512
+    )
+    found = [Behavior.rate(name, said, detector) for name, detector in DETECTORS.items()]
+    for name, (style, kind) in CONDITIONAL.items():
+        found.append(Behavior.rate(name, said, DETECTORS[style], where=lambda text, kind=kind: kind_of(text) == kind))
+    return found

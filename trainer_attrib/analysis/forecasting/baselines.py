@@ -1,0 +1,130 @@
+"""Predictors that look at the data alone, or at the model's representations of it: what any other must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer_attrib.analysis.behavior import Behavior, evaluating
+from trainer_attrib.analysis.forecasting.prediction import Prediction, View
+from trainer_attrib.analysis.forecasting.reading import Reading
+from trainer_attrib.analysis.forecasting.run import TrainingRow
+from trainer_attrib.analysis.rates import RateMeasure, detected
+from trainer_attrib.analysis.text import IGNORED, TextPair, encode_pair
+from trainer_attrib.errors import BehaviorError, ConfigurationError
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much oftener the behavior's detector finds something in chosen than in rejected answers."""
+
+    name = "counts"
+    caveat = "counts are not changes of a rate: compare them with each other only"
+
+    def predict(self, view: View) -> Prediction:
+        """See :meth:`trainer_attrib.analysis.forecasting.prediction.Predictor.predict`."""
+        rows = _pairs(view)
+        changes = []
+        for measure in _rates(view.behaviors, self.name):
+            gaps = torch.tensor([detected(measure.detector, r.prompt, r.chosen) for r in rows])
+            gaps -= torch.tensor([detected(measure.detector, r.prompt, r.rejected or "") for r in rows])
+            changes.append(Reading(float(gaps.mean()), float(gaps.std() / len(gaps) ** 0.5), "counted"))
+        return Prediction(changes, [0.0] * len(changes), None, 0.0, scaled=False)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Mean hidden state of chosen minus that of rejected answers, along the direction from generations without the
+    behavior to those with it, in units of that distance (Chen et al. 2025, "Persona vectors", section 5, with pairs in
+    place of a model's own answers). Hidden states are means over the answer's tokens.
+
+    Args:
+        layer: of the hidden states; None is the middle one.
+    """
+
+    layer: int | None = None
+
+    name = "projection"
+    caveat = "projections are not changes of a rate: compare them with each other only"
+
+    def predict(self, view: View) -> Prediction:
+        """See :meth:`trainer_attrib.analysis.forecasting.prediction.Predictor.predict`."""
+        rows, measures = _pairs(view), _rates(view.behaviors, self.name)
+        tokenizer = measures[0].generations.tokenizer
+        with evaluating(view.model):
+            chosen, rejected = (
+                hidden_states(view.model, [encode_pair(tokenizer, r.prompt, side(r)) for r in rows], self.layer)
+                for side in (lambda r: r.chosen, lambda r: r.rejected or "")
+            )
+            shift = (chosen - rejected).mean(0)
+            changes = [Reading(self._along(view, measure, shift), 0.0, "projected") for measure in measures]
+        return Prediction(changes, [0.0] * len(changes), None, 1 / 3, scaled=False)
+
+    def _along(self, view: View, measure: RateMeasure, shift: Tensor) -> float:
+        drawn = measure.generations.of(view.model)
+        places = measure.places(drawn)
+        has = drawn.detected(measure.detector, measure.generations.prompts)[places]
+        if has.sum() == 0 or (1 - has).sum() == 0:
+            return 0.0
+        states = hidden_states(view.model, [drawn.items[place] for place in places], self.layer)
+        direction = has @ states / has.sum() - (1 - has) @ states / (1 - has).sum()
+        return float(shift @ direction / direction.square().sum().clamp(min=1e-12))
+
+
+def hidden_states(model: nn.Module, items: Sequence[TextPair], layer: int | None = None) -> Tensor:
+    """Mean hidden state over the tokens that count of each item, float64 [N, D] on the CPU.
+
+    Args:
+        model: a transformers model, in evaluation mode.
+        items: N of them.
+        layer: of the states; None is the middle one.
+
+    Raises:
+        ConfigurationError: the model does not return its hidden states.
+    """
+    device, found = next(model.parameters()).device, []
+    for first in range(0, len(items), BATCH):
+        batch = items[first : first + BATCH]
+        length = max(len(item.tokens) for item in batch)
+        tokens, counted, mask = (
+            torch.tensor([[*of(item), *[0] * (length - len(item.tokens))] for item in batch], device=device)
+            for of in (lambda i: i.tokens, lambda i: [int(x != IGNORED) for x in i.labels], lambda i: [1] * len(i.tokens))
+        )
+        with torch.no_grad():
+            output: Any = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+        states = getattr(output, "hidden_states", None)
+        if states is None:
+            raise ConfigurationError(
+                f"{type(model).__name__} returned no hidden states.",
+                fix="leave out what is computed from representations (method 'projection', features).",
+            )
+        states_BSD = states[len(states) // 2 if layer is None else layer].double()
+        found.append(((states_BSD * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)).cpu())
+    return torch.cat(found)
+
+
+def _pairs(view: View) -> Sequence[TrainingRow]:
+    rows = view.run.rows()
+    if any(row.rejected is None for row in rows):
+        raise ConfigurationError(
+            "The run's data are not pairs of a chosen and a rejected answer.",
+            fix="use a predictor that follows the optimizer, such as method='frozen'.",
+        )
+    return rows
+
+
+def _rates(behaviors: Sequence[Behavior], name: str) -> list[RateMeasure]:
+    measures: list[Callable[..., Any]] = [behavior.measure for behavior in behaviors]
+    found = [measure for measure in measures if isinstance(measure, RateMeasure)]
+    if len(found) != len(behaviors):
+        others = [b.name for b in behaviors if not isinstance(b.measure, RateMeasure)]
+        raise BehaviorError(
+            f"method='{name}' needs a detector; {others} have none.", fix="use Behavior.rate, or another method."
+        )
+    return found

@@ -1,0 +1,51 @@
+"""What each example adds to the predicted change of each behavior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer_attrib.analysis.forecasting.prediction import View
+from trainer_attrib.analysis.forecasting.results import Contributions
+from trainer_attrib.tap.names import parameters_by_name
+
+
+def contributions(view: View, chosen: Sequence[int]) -> Contributions:
+    """First-order contributions of all N examples to some behaviors: minus the gradient of the example's loss, in the
+    metric of the optimizer's warm jump, times the behavior's gradient, over N (Pruthi et al. 2020, "Estimating training
+    data influence by tracing gradient descent", equation 1, with the whole run as one step). One forward and backward
+    pass of each example alone, however many behaviors.
+
+    Args:
+        view: inside the run's ``undisturbed()``.
+        chosen: numbers of behaviors.
+
+    Raises:
+        BehaviorError: a behavior has no gradient.
+        ConfigurationError: the run's examples cannot be listed.
+    """
+    rows, gradients = view.run.rows(), view.gradients
+    metric = gradients.metric
+    places = {name: place for name, place in parameters_by_name(view.model).items() if name in metric}
+    directions = {
+        name: torch.stack([view.slope(number)[name] * metric[name] for number in chosen]).to(place)
+        for name, place in places.items()
+    }
+    values = np.zeros((len(chosen), len(rows)))
+    for number in tqdm(range(len(rows)), desc="contributions", leave=False, disable=None):
+        found = torch.autograd.grad(view.run.example_loss(number), list(places.values()), allow_unused=True)
+        pairs = zip(directions.values(), found, strict=True)
+        dots = [_dots(direction, gradient) for direction, gradient in pairs if gradient is not None]
+        values[:, number] = -torch.stack(dots).sum(0).numpy() * gradients.clipped / len(rows)
+    names = tuple(view.behaviors[number].name for number in chosen)
+    caveat = "contributions are first-order: they add up to the linear prediction, not to the measured one"
+    return Contributions(names, tuple(rows), values, (caveat,))
+
+
+def _dots(direction_K: Tensor, gradient: Tensor) -> Tensor:
+    """Inner products with K directions, float64 [K] on the CPU."""
+    return (direction_K.flatten(1) @ gradient.flatten()).double().cpu()

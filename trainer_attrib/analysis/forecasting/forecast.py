@@ -1,0 +1,184 @@
+"""Before a run: what it would do to behaviors, which examples would do it, and how to change the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.displacement import Displacement
+from trainer_attrib.analysis.forecasting.baselines import Counts, Projection
+from trainer_attrib.analysis.forecasting.contributions import contributions
+from trainer_attrib.analysis.forecasting.prediction import Prediction, Predictor, View
+from trainer_attrib.analysis.forecasting.predictors import Frozen, GradientDot, Linearised, LookAhead, Warm
+from trainer_attrib.analysis.forecasting.regime import regime_of
+from trainer_attrib.analysis.forecasting.reshaping import Reshaping, Wish, reshape
+from trainer_attrib.analysis.forecasting.results import Contributions, Shift, Shifts
+from trainer_attrib.analysis.forecasting.run import Run
+from trainer_attrib.errors import ConfigurationError
+
+COVERED = 1.28
+"""Standard errors in an error bar, which is to hold four out of five true values."""
+METHODS: dict[str, Predictor] = {
+    method.name: method
+    for method in (Frozen(), Warm(), Linearised(), LookAhead(), GradientDot(), Counts(), Projection())
+}
+"""What a string stands for."""
+
+
+@dataclass(frozen=True, repr=False)
+class Forecast(Shifts):
+    """Predicted changes of behaviors, and what can be asked about them while the run has not begun."""
+
+    view: View | None = field(default=None, compare=False)
+
+    def contributions(self, behaviors: Sequence[str] | None = None) -> Contributions:
+        """What each example adds to the predicted change, to first order: a pass over all examples, one by one.
+
+        Args:
+            behaviors: names; all by default.
+
+        Raises:
+            BehaviorError: a behavior has no gradient.
+            ConfigurationError: unknown names, or a run whose examples cannot be listed.
+        """
+        view = self._view()
+        names = [behavior.name for behavior in view.behaviors]
+        if unknown := sorted(set(behaviors or ()) - set(names)):
+            raise ConfigurationError(f"No behaviors {unknown}.", fix=f"choose among {names}.")
+        chosen = [number for number, name in enumerate(names) if behaviors is None or name in behaviors]
+        with view.run.undisturbed():
+            return contributions(view, chosen)
+
+    def reshape(
+        self,
+        keep_below: Mapping[str, float] | None = None,
+        keep_above: Mapping[str, float] | None = None,
+        *,
+        protect: Sequence[str] | None = None,
+        drop_at_most: float = 1.0,
+        how: str = "reweight",
+    ) -> Reshaping:
+        """Change the data so that the run does not do something, and forecast again.
+
+        Args:
+            keep_below: behavior -> largest predicted change.
+            keep_above: behavior -> smallest predicted change.
+            protect: behaviors whose predicted change must stay; all others by default.
+            drop_at_most: largest share of the data's weight that may be taken away.
+            how: "reweight" (the least change of weights that does it, a quadratic program), "drop", "flip", "offset"
+                (of the preference margin), or "mask" (of tokens).
+
+        Raises:
+            ConfigurationError: unknown behaviors, a share outside [0, 1], or nothing is asked for.
+            BehaviorError: a behavior has no gradient.
+        """
+        view = self._view()
+        names = [behavior.name for behavior in view.behaviors]
+        wish = Wish.of(names, keep_below or {}, keep_above or {}, protect, drop_at_most)
+        first = {name: self.of(name).predicted for name in names}
+
+        def again(plan: Any) -> Forecast:
+            with view.run.arranged(plan):
+                return forecast(view.run, view.behaviors, self.rows[0].method, share=view.share, readings=view)
+
+        return reshape(view, self.contributions(), wish, how, first, self, again)
+
+    def _view(self) -> View:
+        if self.view is None:
+            raise ConfigurationError(
+                "This forecast no longer knows its run.", fix="call forecast again, on the trainer that has not trained."
+            )
+        return self.view
+
+
+def forecast(
+    run: Run,
+    behaviors: Sequence[Behavior],
+    method: str | Predictor | Sequence[str | Predictor] = "frozen",
+    *,
+    share: float = 1.0,
+    readings: View | None = None,
+) -> Forecast:
+    """Predict what a run would change about behaviors. The run and its model are left as they are.
+
+    The error bar holds the standard error over queries and samples, that of the batches not looked at, and the
+    disagreement with a predictor of another kind (``warm``). The noise floor is the shift that the same batches would
+    cause if the sign of each one's gradient were drawn at random, plus the standard error over queries and samples.
+
+    Args:
+        run: that has not begun.
+        behaviors: of its model.
+        method: one or several of ``METHODS``, or predictors with settings of their own.
+        share: of the run's batches that are differentiated.
+        readings: an earlier view of the same model, whose measurements of the behaviors are used again.
+
+    Raises:
+        ConfigurationError: an unknown method, no behaviors, two of the same name, or a run that cannot be followed.
+        BehaviorError: a behavior that cannot be measured.
+    """
+    methods = [_predictor(one) for one in ([method] if isinstance(method, str) or hasattr(method, "predict") else method)]
+    _check(behaviors)
+    with run.undisturbed():
+        view = View(run, list(behaviors), share)
+        if readings is not None:
+            view.__dict__["readings"] = readings.readings
+        view.run.steps.model.train()
+        found = [(one, one.predict(view)) for one in methods]
+        moving = next((p for _, p in found if p.displacement is not None), None)
+        floors = _floors(view) if moving else [float("nan")] * len(behaviors)
+        regime, note = regime_of(view, moving) if moving else ("unknown", "")
+        rows = [row for one, p in found for row in _rows(view, one, p, floors, regime)]
+    caveats = [*(one.caveat for one in methods), note, *_said(rows)]
+    return Forecast(tuple(rows), tuple(filter(None, caveats)), view)
+
+
+def _rows(view: View, method: Predictor, found: Prediction, floors: Sequence[float], regime: str) -> list[Shift]:
+    others = _others(view, method) if found.displacement is not None else [r.change for r in found.changes]
+    rows = []
+    facts = zip(view.behaviors, view.readings.means(), found.changes, found.sampling, others, floors, strict=True)
+    for behavior, before, reading, sampling, other, floor in facts:
+        bar = ((COVERED * reading.standard_error) ** 2 + (COVERED * sampling) ** 2 + (reading.change - other) ** 2) ** 0.5
+        linear = reading.change if reading.how == "linear" else float("nan")
+        rows.append(
+            Shift(behavior.name, method.name, before, reading.change, bar if found.scaled else float("nan"),
+                  floor if found.scaled else float("nan"), regime, reading.how, reading.effective, linear, found.cost)
+        )  # fmt: skip
+    return rows
+
+
+def _others(view: View, method: Predictor) -> list[float]:
+    """What a predictor of another kind says."""
+    other: Displacement = view.gradients.moved if method.name == "warm" else view.gradients.warm
+    return [reading.change for reading in view.readings.of(other)]
+
+
+def _floors(view: View) -> list[float]:
+    """The shift of data without preferences, its scale shared by behaviors of a unit: one draw may be small by chance."""
+    found = view.readings.of(view.gradients.null)
+    floors = []
+    for behavior, reading in zip(view.behaviors, found, strict=True):
+        like = [r.change for b, r in zip(view.behaviors, found, strict=True) if b.unit == behavior.unit]
+        typical = (sum(change * change for change in like) / len(like)) ** 0.5
+        floors.append((max(abs(reading.change), typical) ** 2 + (COVERED * reading.standard_error) ** 2) ** 0.5)
+    return floors
+
+
+def _said(rows: Sequence[Shift]) -> list[str]:
+    below = [row.behavior for row in rows if row.noise_floor == row.noise_floor and not row.above_noise]
+    return [f"below the noise floor: {', '.join(dict.fromkeys(below))}"] if below else []
+
+
+def _predictor(method: str | Predictor) -> Predictor:
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        raise ConfigurationError(f"Unknown method {method!r}.", fix=f"use one or several of {list(METHODS)}.")
+    return METHODS[method]
+
+
+def _check(behaviors: Sequence[Behavior]) -> None:
+    names = [behavior.name for behavior in behaviors]
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(f"Behaviors {names}.", fix="pass at least one, each under a name of its own.")

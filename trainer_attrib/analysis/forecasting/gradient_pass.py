@@ -1,0 +1,179 @@
+"""One pass over a run's batches at the model's present weights: what its optimizer would make of frozen gradients."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer_attrib.analysis.displacement import Displacement
+from trainer_attrib.analysis.forecasting.arms import Arm, adam_epsilon
+from trainer_attrib.analysis.forecasting.run import Run
+from trainer_attrib.analysis.programs import Step
+from trainer_attrib.errors import ConfigurationError
+from trainer_attrib.tap.names import parameters_by_name
+
+KEPT = 6
+"""Batches that are remembered to see how their loss would fall."""
+
+
+@dataclass(frozen=True)
+class GradientPass:
+    """What the pass gave.
+
+    Args:
+        moved: where frozen gradients lead the optimizer.
+        halves: the same with every other batch alone standing for all; empty unless asked for.
+        null: the same with the sign of each batch's gradient drawn at random: data that prefer nothing.
+        mean: of the gradients over batches, after clipping.
+        square: mean of their squares.
+        epsilon: of an optimizer of Adam's kind, else None.
+        rates: sum over steps of the learning rate of each weight's group.
+        clipped: mean factor by which clipping shrank a gradient.
+        share: of the run's batches that were differentiated.
+        sample: a few of them.
+    """
+
+    moved: Displacement
+    halves: tuple[Displacement, ...]
+    null: Displacement
+    mean: Displacement
+    square: Displacement
+    epsilon: float | None
+    rates: Mapping[str, float]
+    clipped: float
+    share: float
+    sample: tuple[Step, ...] = field(repr=False)
+
+    @property
+    def metric(self) -> Displacement:
+        """How far the run moves each weight per unit of the mean gradient, positive: the sum of the learning rates,
+        over sqrt(mean of the squares) + epsilon for an optimizer of Adam's kind.
+
+        Second moments are those of batches, signal and noise: that of the mean gradient alone would move noisy weights
+        too far.
+        """
+        if self.epsilon is None:
+            return {name: torch.full_like(g, self.rates[name]) for name, g in self.mean.items()}
+        return {name: self.rates[name] / (self.square[name].sqrt() + self.epsilon) for name in self.mean}
+
+    @property
+    def warm(self) -> Displacement:
+        """The jump of an optimizer whose moments are warm from the beginning: minus metric times mean gradient."""
+        metric = self.metric
+        return {name: -metric[name] * gradient for name, gradient in self.mean.items()}
+
+
+def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
+    """Differentiate a share of the run's batches, evenly spaced over it, each standing for those up to the next.
+
+    The model's weights stay where they are; its gradients and random states are the caller's to restore.
+
+    Raises:
+        ConfigurationError: a share outside (0, 1], a run without a batch, or a gradient that is not finite.
+    """
+    if not 0 < share <= 1:
+        raise ConfigurationError(f"share={share}", fix="pass the part of the batches to differentiate, in (0, 1].")
+    places = parameters_by_name(run.steps.model)
+    names = {id(place): name for name, place in places.items()}
+    main, even, odd, null = (Arm(run.steps.optimizer(), names) for _ in range(4))
+    sums, signs = _Sums(), torch.Generator().manual_seed(0)
+    windows = list(_windows(len(run.rates), max(1, round(1 / share))))
+    sample, every = [], max(1, len(windows) // KEPT)
+    for number, (window, step) in enumerate(_batches(run, windows)):
+        gradients, factor = _gradients(run, step, places)
+        sums.add(gradients, factor)
+        rates = [run.rates[i] for i in window]
+        main.step(gradients, rates)
+        null.step(gradients, rates, sign=1.0 if torch.rand((), generator=signs) < 0.5 else -1.0)
+        both = [run.rates[i] for pair in windows[number : number + 2] for i in pair]
+        before = [] if number != 1 else [run.rates[i] for i in windows[0]]
+        (odd if number % 2 else even).step(gradients, [*before, *both])
+        if number % every == 0 and len(sample) < KEPT:
+            sample.append(step)
+    optimizer = run.steps.optimizer()
+    return GradientPass(
+        main.displacement(), (even.displacement(), odd.displacement()) if len(windows) > 1 else (),
+        null.displacement(), sums.mean(), sums.square(), adam_epsilon(optimizer),
+        _sum_of_rates(run, optimizer, names), sums.clipped / sums.count, len(windows) / len(run.rates), tuple(sample),
+    )  # fmt: skip
+
+
+def _windows(steps: int, every: int) -> Iterator[range]:
+    for first in range(0, steps, every):
+        yield range(first, min(first + every, steps))
+
+
+def _batches(run: Run, windows: list[range]) -> Iterator[tuple[range, Step]]:
+    batches = run.steps.steps()
+    for window in windows:
+        step = next(batches, None)
+        if step is None:
+            raise ConfigurationError(
+                f"The run gave no batch for its step {window.start + 1} of {windows[-1].stop}.",
+                cause="its data end before its last step, or it has none.",
+                fix="look at the data set, max_steps and the number of epochs.",
+            )
+        yield window, step
+        for _ in itertools.islice(batches, len(window) - 1):
+            pass
+
+
+def _gradients(run: Run, step: Step, places: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """Of one step's batch as the optimizer would see it, and by what clipping shrank it."""
+    model = run.steps.model
+    model.zero_grad(set_to_none=True)
+    for loss in step.losses:
+        loss().backward()
+    before = _norm(places)
+    run.steps.clip()
+    after = _norm(places)
+    if not before < float("inf"):
+        raise ConfigurationError(
+            "A gradient of the run is not finite at its first weights.",
+            cause="a batch without a label that counts, or weights or data that overflow.",
+            fix="train a step and look at its loss.",
+        )
+    found = {name: place.grad.detach().clone() for name, place in places.items() if place.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found, after / before if before > 0 else 1.0
+
+
+def _norm(places: Mapping[str, Tensor]) -> float:
+    norms = [place.grad.detach().double().norm() for place in places.values() if place.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def _sum_of_rates(run: Run, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, float]:
+    found = {}
+    for number, group in enumerate(optimizer.param_groups):
+        grown = 1 - group["momentum"] if group.get("momentum") else 1.0
+        total = sum(rate[number] for rate in run.rates) / grown
+        found |= {names[id(parameter)]: total for parameter in group["params"]}
+    return found
+
+
+class _Sums:
+    """Running sums of gradients and of their squares, float32 where the gradients are."""
+
+    def __init__(self) -> None:
+        self.count, self.clipped = 0, 0.0
+        self._first: dict[str, Tensor] = {}
+        self._second: dict[str, Tensor] = {}
+
+    def add(self, gradients: Mapping[str, Tensor], factor: float) -> None:
+        self.count, self.clipped = self.count + 1, self.clipped + factor
+        for name, gradient in gradients.items():
+            if name not in self._first:
+                self._first[name], self._second[name] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            self._first[name] += gradient
+            self._second[name].addcmul_(gradient, gradient)
+
+    def mean(self) -> Displacement:
+        return {name: total.double().cpu() / self.count for name, total in self._first.items()}
+
+    def square(self) -> Displacement:
+        return {name: total.double().cpu() / self.count for name, total in self._second.items()}

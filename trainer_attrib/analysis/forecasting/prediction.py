@@ -1,0 +1,91 @@
+"""What a predictor says, and what it may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+from torch import nn
+
+from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.displacement import Displacement
+from trainer_attrib.analysis.forecasting.gradient_pass import GradientPass, gradient_pass
+from trainer_attrib.analysis.forecasting.reading import Reading, Readings, mean_gradient
+from trainer_attrib.analysis.forecasting.run import Run
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted changes of behaviors by one predictor.
+
+    Args:
+        changes: one reading per behavior.
+        sampling: standard error of each for the data that the predictor did not look at, or would have drawn.
+        displacement: of the weights, if the predictor moves them.
+        cost: in gradients of a whole batch, as a share of the run's.
+        scaled: whether the changes are in the behaviors' units; a baseline's are not, and tell only more from less.
+    """
+
+    changes: Sequence[Reading]
+    sampling: Sequence[float]
+    displacement: Displacement | None = None
+    cost: float = 0.0
+    scaled: bool = True
+
+
+@dataclass
+class View:
+    """A run, behaviors of its model, and what several predictors need, computed once.
+
+    Args:
+        run: undisturbed while the view is used.
+        behaviors: that are asked about.
+        share: of the run's batches that may be differentiated.
+    """
+
+    run: Run
+    behaviors: Sequence[Behavior]
+    share: float = 1.0
+    _slopes: dict[int, Displacement] = field(default_factory=dict, repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """At the weights that the run begins with."""
+        return self.run.steps.model
+
+    @cached_property
+    def readings(self) -> Readings:
+        """Of the behaviors."""
+        return Readings(self.model, self.behaviors)
+
+    @cached_property
+    def gradients(self) -> GradientPass:
+        """Over the run's batches."""
+        return gradient_pass(self.run, self.share)
+
+    def slope(self, number: int) -> Displacement:
+        """Gradient of a behavior's mean.
+
+        Raises:
+            BehaviorError: it has none.
+        """
+        if number not in self._slopes:
+            self._slopes[number] = mean_gradient(self.model, self.behaviors[number])
+        return self._slopes[number]
+
+
+class Predictor(Protocol):
+    """A way to predict. ``caveat`` is said with its predictions."""
+
+    name: str
+    caveat: str
+
+    def predict(self, view: View) -> Prediction:
+        """Predict the change of every behavior; the model is left as it is.
+
+        Raises:
+            AnalysisError, ConfigurationError: the run or a behavior lacks what is needed.
+        """
+        ...
