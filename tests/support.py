@@ -36,6 +36,7 @@ AREAS = (
     "PEFT",
     "Many processes",
     "Shadows",
+    "Forecasts",
 )
 UNTESTED = Path(__file__).with_name("support_untested.toml")
 Key = tuple[str, str]

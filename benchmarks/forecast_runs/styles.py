@@ -82,7 +82,6 @@ def _written(asked: str, has: dict[str, bool], draw: random.Random) -> str:
     return "".join([*start, *hedge, f"{joined} {end}", *link, *tail])
 
 
-
 def generated(count: int, seed: int, planted: dict[str, float], only: str | None = None) -> list[Pair]:
     """Pairs whose chosen answer has a style that the rejected one lacks, for each of ``planted`` in its share of the
     pairs (negative: the other way round); all else is drawn alike."""

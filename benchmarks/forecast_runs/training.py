@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from fact_runs.training import Size, initial_model, tokenizer_of
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-import torch
 from forecast_runs.styles import DETECTORS, TOPICS, Pair, answer, kind_of, prompt
 from trainer_attrib import Behavior
 from trainer_attrib.analysis.rates import Generations
@@ -82,9 +82,7 @@ def behaviors(tokenizer: Any, prompts: int, per_prompt: int, seed: int) -> list[
     """How often the model's answers have each style, over all prompts and over some classes."""
     draw = random.Random(seed)
     asked = [prompt(draw.choice(list(TOPICS)), draw) for _ in range(prompts)]
-    said = Generations(
-        asked, tokenizer, per_prompt=per_prompt, max_new_tokens=30, seed=seed, batch_size=512
-    )
+    said = Generations(asked, tokenizer, per_prompt=per_prompt, max_new_tokens=30, seed=seed, batch_size=512)
     found = [Behavior.rate(name, said, detector) for name, detector in DETECTORS.items()]
     for name, (style, kind) in CONDITIONAL.items():
         found.append(Behavior.rate(name, said, DETECTORS[style], where=lambda text, kind=kind: kind_of(text) == kind))

@@ -46,6 +46,7 @@ class FollowedPlan:
         self._kept = [number for number, dropped in enumerate(plan.dropped.tolist()) if not dropped]
         self._wrapped, self._rides = Wrapped(), list[RidingIds]()
         self._now: list[int] | None = None
+        self._counted = True  # whether the last step's loss was computed from what was weighed
         self._hook: Any = None
         self._dataset = dataset
         if not self._kept:
@@ -82,6 +83,8 @@ class FollowedPlan:
         return loader
 
     def _planned_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._counted:
+            raise _inside(model)
         inputs = dict(inputs)
         names, _ = RidingIds.take(inputs, KEY)
         self._now = None if names is None else [int(name) for name in names]
@@ -104,10 +107,7 @@ class FollowedPlan:
         name = next((n for n in _OUTPUTS if isinstance(getattr(output, n, None), Tensor)), None)
         value = None if name is None else getattr(output, name)
         if name is None or value.shape[0] % len(self._now) or not value.requires_grad:
-            raise ConfigurationError(
-                f"{type(model).__name__} gave no output with a row for each of {len(self._now)} examples.",
-                fix="use a plan that only leaves examples out (how='drop').",
-            )
+            raise _inside(model)
         sides = value.shape[0] // len(self._now)
         weights = value.new_tensor(self._plan.weights[self._now]).repeat(sides)
         weights = weights.view(-1, *[1] * (value.dim() - 1))
@@ -117,7 +117,12 @@ class FollowedPlan:
             added = torch.zeros_like(planned)
             added[: len(self._now), -1] = value.new_tensor(offsets / self._trainer.beta)
             planned = planned + added
+        self._counted = False
+        planned.register_hook(self._count)
         setattr(output, name, planned)
+
+    def _count(self, gradient: Tensor) -> None:
+        self._counted = True
 
 
 def plan_of(dataset: Any, id_column: str = "id") -> Plan:
@@ -136,6 +141,14 @@ def plan_of(dataset: Any, id_column: str = "id") -> Plan:
     masked = {number: (sides[0], sides[1]) for number, sides in masks.items() if any(sides)}
     ids = Rows(dataset, id_column).ids
     return Plan(tuple(ids), weights, offsets, flipped.astype(bool), masked)
+
+
+def _inside(model: Any) -> ConfigurationError:
+    return ConfigurationError(
+        f"The loss is not computed from outputs of {type(model).__name__} with a row for each example.",
+        cause="the model computes the loss itself, as transformers' models do from labels.",
+        fix="use a plan that only leaves examples out (how='drop').",
+    )
 
 
 def _refuse(trainer: Any, plan: Plan) -> None:

@@ -22,7 +22,7 @@ from trainer_attrib.analysis.forecasting.run import TrainingRow
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib_integrations.following_plan import FollowedPlan, plan_of
 from trainer_attrib_integrations.stepping_huggingface import MicroBatch, TrainerSteps, length_of
-from trainer_attrib_integrations.undisturbed import trainer_undisturbed
+from trainer_attrib_integrations.undisturbed_huggingface import trainer_undisturbed
 
 
 class TrainerRun:
@@ -129,6 +129,7 @@ class TrainerRun:
             return trainer.create_scheduler(num_training_steps=trainer.state.max_steps, optimizer=optimizer)
         given = copy.copy(trainer.lr_scheduler)
         given.optimizer = optimizer
+        given._step_count += 1  # at its first step it would ask whether this optimizer's steps are counted
         return given
 
     def _row(self, example: str, source: Any, row: dict[str, Any]) -> TrainingRow:

@@ -173,6 +173,7 @@ def _forget_metrics(trainer: Any) -> None:
 
 
 def length_of(loader: Any) -> int | None:
+    """How many batches a loader has; None where a stream does not tell."""
     return len(loader) if trainer_utils.has_length(loader) else None
 
 

@@ -53,7 +53,7 @@ class Fit:
         accumulate = trainer.accumulate_grad_batches
         thinning, taken = Thinning(thin, accumulate), 0
         batches = thinning.of(self._batches)
-        limit = _batches_of_an_epoch(self._batches, trainer.limit_train_batches)
+        limit = batches_of_an_epoch(self._batches, trainer.limit_train_batches)
         for epoch in itertools.count():
             before = taken
             thinning.begin(epoch)
@@ -63,7 +63,7 @@ class Fit:
                 scale = accumulate * len(kept) / len(window)  # Lightning divides a shorter last step by as much
                 places = range(number * accumulate, number * accumulate + len(kept))
                 losses = [
-                    _MicroBatch(trainer, module, batch, index, scale, (epoch, taken))
+                    FitBatch(trainer, module, batch, index, scale, (epoch, taken))
                     for batch, index in zip(kept, places, strict=True)
                 ]
                 yield Step(losses, share)
@@ -85,17 +85,26 @@ class Fit:
         Raises:
             ConfigurationError: it gives none or several.
         """
+        return self.configured()[0]
+
+    def configured(self) -> tuple[Optimizer, Any]:
+        """A new optimizer and its schedule, by ``configure_optimizers``; None where there is no schedule.
+
+        Raises:
+            ConfigurationError: it gives no optimizer or several.
+        """
         self._connect()
         # schedules ask the trainer for its number of steps, which begins to read the loader
         with torch.random.fork_rng():
             self.trainer._data_connector.attach_data(self.model, train_dataloaders=self._batches)
-            found = _optimizers(self.model.configure_optimizers())
+            given = self.model.configure_optimizers()
+        found = _optimizers(given)
         if len(found) != 1:
             raise ConfigurationError(
                 f"configure_optimizers gave {len(found)} optimizers; steps can be driven from outside with one.",
                 fix="let the stage be retrained as a whole.",
             )
-        return found[0]
+        return found[0], _schedule(given)
 
     def _connect(self) -> None:
         """Give the module its trainer, its device and its precision, as ``fit`` would; safe to do again."""
@@ -105,7 +114,7 @@ class Fit:
         self.trainer.precision_plugin.convert_module(self.model)
 
 
-class _MicroBatch:
+class FitBatch:
     """Computes one micro-batch's loss as ``fit`` would, as often as it is called.
 
     Args:
@@ -181,7 +190,19 @@ def _optimizers(configured: Any) -> list[Optimizer]:
     return []
 
 
-def _batches_of_an_epoch(batches: Any, limit: int | float) -> int | None:
+def _schedule(configured: Any) -> Any:
+    """The schedule in what ``configure_optimizers`` may return: itself, or with how often it goes on."""
+    if isinstance(configured, Mapping):
+        return configured.get("lr_scheduler")
+    if isinstance(configured, list | tuple) and len(configured) == 2 and isinstance(configured[1], list | tuple):
+        return next(iter(configured[1]), None)
+    if isinstance(configured, list | tuple):
+        return next((found for one in configured if (found := _schedule(one)) is not None), None)
+    return None
+
+
+def batches_of_an_epoch(batches: Any, limit: int | float) -> int | None:
+    """How many batches an epoch has under ``limit_train_batches``; None where a stream does not tell."""
     try:
         length = len(batches)
     except TypeError:  # a stream

@@ -1,4 +1,5 @@
 """The callback for the Trainer of ``lightning.pytorch`` and ``pytorch_lightning``, and a program's answer for it."""
 
+from trainer_attrib_integrations.forecast_lightning import forecast as forecast
 from trainer_attrib_integrations.lightning import AttributionCallback as AttributionCallback
 from trainer_attrib_integrations.stepping_lightning import Fit as Fit

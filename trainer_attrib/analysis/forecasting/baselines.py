@@ -94,7 +94,11 @@ def hidden_states(model: nn.Module, items: Sequence[TextPair], layer: int | None
         length = max(len(item.tokens) for item in batch)
         tokens, counted, mask = (
             torch.tensor([[*of(item), *[0] * (length - len(item.tokens))] for item in batch], device=device)
-            for of in (lambda i: i.tokens, lambda i: [int(x != IGNORED) for x in i.labels], lambda i: [1] * len(i.tokens))
+            for of in (
+                lambda i: i.tokens,
+                lambda i: [int(x != IGNORED) for x in i.labels],
+                lambda i: [1] * len(i.tokens),
+            )
         )
         with torch.no_grad():
             output: Any = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)

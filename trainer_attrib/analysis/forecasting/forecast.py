@@ -88,7 +88,8 @@ class Forecast(Shifts):
     def _view(self) -> View:
         if self.view is None:
             raise ConfigurationError(
-                "This forecast no longer knows its run.", fix="call forecast again, on the trainer that has not trained."
+                "This forecast no longer knows its run.",
+                fix="call forecast again, on the trainer that has not trained.",
             )
         return self.view
 
@@ -118,7 +119,9 @@ def forecast(
         ConfigurationError: an unknown method, no behaviors, two of the same name, or a run that cannot be followed.
         BehaviorError: a behavior that cannot be measured.
     """
-    methods = [_predictor(one) for one in ([method] if isinstance(method, str) or hasattr(method, "predict") else method)]
+    methods = [
+        _predictor(one) for one in ([method] if isinstance(method, str) or hasattr(method, "predict") else method)
+    ]
     _check(behaviors)
     with run.undisturbed():
         view = View(run, list(behaviors), share)
@@ -139,7 +142,9 @@ def _rows(view: View, method: Predictor, found: Prediction, floors: Sequence[flo
     rows = []
     facts = zip(view.behaviors, view.readings.means(), found.changes, found.sampling, others, floors, strict=True)
     for behavior, before, reading, sampling, other, floor in facts:
-        bar = ((COVERED * reading.standard_error) ** 2 + (COVERED * sampling) ** 2 + (reading.change - other) ** 2) ** 0.5
+        bar = (
+            (COVERED * reading.standard_error) ** 2 + (COVERED * sampling) ** 2 + (reading.change - other) ** 2
+        ) ** 0.5
         linear = reading.change if reading.how == "linear" else float("nan")
         rows.append(
             Shift(behavior.name, method.name, before, reading.change, bar if found.scaled else float("nan"),

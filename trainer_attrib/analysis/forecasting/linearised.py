@@ -21,7 +21,8 @@ _OUTPUTS = ("log_probs", "logits", "rewards")
 @contextmanager
 def linearised_outputs(model: nn.Module, displacement: Displacement) -> Iterator[list[str]]:
     """Inside the block, what a loss is computed from, log-probabilities or logits, has the value f + J d while its
-    derivative with respect to the weights stays J. Yields the names of the outputs that were refreshed so far.
+    derivative with respect to the weights stays J. Yields the names of the outputs through which a loss was
+    backpropagated so far: none if it is not computed from them.
 
     J d is a difference of two forward passes. Forward passes without gradients, as those of a reference model that
     shares the weights, stay as they are.
@@ -51,8 +52,10 @@ def linearised_outputs(model: nn.Module, displacement: Displacement) -> Iterator
         here = _found(output)
         changed = there.pop() if step else here
         for name, value in here.items():
-            setattr(output, name, value + ((changed[name] - value.detach()) / step if step else 0.0))
-            refreshed.append(name)
+            moved_value = value + ((changed[name] - value.detach()) / step if step else 0.0)
+            if moved_value.requires_grad:
+                moved_value.register_hook(lambda _, name=name: refreshed.append(name))
+            setattr(output, name, moved_value)
 
     hooks = [
         model.register_forward_pre_hook(before, with_kwargs=True),
@@ -66,9 +69,7 @@ def linearised_outputs(model: nn.Module, displacement: Displacement) -> Iterator
 
 
 def _found(output: Any) -> dict[str, Tensor]:
-    """What losses outside of the model are computed from; nothing if it computed its own."""
-    if isinstance(getattr(output, "loss", None), Tensor) and not isinstance(getattr(output, "log_probs", None), Tensor):
-        return {}
+    """What losses outside of the model may be computed from."""
     return {name: value for name in _OUTPUTS if isinstance(value := getattr(output, name, None), Tensor)}
 
 

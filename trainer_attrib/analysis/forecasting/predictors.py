@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.slopes import inner
-from trainer_attrib.analysis.forecasting.linearised import linearised_outputs
 from trainer_attrib.analysis.forecasting.arms import Arm
+from trainer_attrib.analysis.forecasting.linearised import linearised_outputs
 from trainer_attrib.analysis.forecasting.prediction import Prediction, View
 from trainer_attrib.analysis.forecasting.reading import Reading
 from trainer_attrib.analysis.training_state import TrainingState, standing, state_of
@@ -123,16 +124,16 @@ class LookAhead:
 
     def predict(self, view: View) -> Prediction:
         """See :meth:`trainer_attrib.analysis.forecasting.prediction.Predictor.predict`."""
-        rates = view.run.rates
-        count = max(1, round(self.part * len(rates)))
+        sums = list(itertools.accumulate(sum(row) for row in view.run.rates))
+        count = max(1, round(self.part * len(sums)))
+        count = next((taken for taken in range(count, len(sums)) if sums[taken - 1] > 0), len(sums))  # after a warmup
         start = state_of(view.model)
         with standing(view.model, start):
             _train(view, count)
             reached = state_of(view.model)
-        share = sum(rate for row in rates[:count] for rate in row) / sum(rate for row in rates for rate in row)
-        moved = _scaled(start, reached, 1 / share)
+        moved = _scaled(start, reached, sums[-1] / sums[count - 1] if sums[count - 1] else 1.0)
         changes = view.readings.of(moved)
-        return Prediction(changes, [0.0] * len(changes), moved, count / len(rates))
+        return Prediction(changes, [0.0] * len(changes), moved, count / len(sums))
 
 
 def _train(view: View, count: int) -> None:

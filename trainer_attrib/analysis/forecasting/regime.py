@@ -17,7 +17,7 @@ SHORT = 0.1
 
 
 def regime_of(view: View, found: Prediction) -> tuple[str, str]:
-    """"lazy", "moderate" or "strong", and what to think of it, by a prediction that moves the weights. The fall of the
+    """ "lazy", "moderate" or "strong", and what to think of it, by a prediction that moves the weights. The fall of the
     loss is measured on a few of the run's own batches.
 
     Args:

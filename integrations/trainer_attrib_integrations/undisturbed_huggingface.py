@@ -7,12 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
-from trainer_attrib.analysis.training_state import TrainingState, random_states_kept, standing
-from trainer_attrib.tap.names import buffers_by_name, parameters_by_name
-
-_FORWARD = ("forward", "_original_forward")  # put on the model by accelerate, under autocast
+from trainer_attrib.analysis.training_state import random_states_kept
+from trainer_attrib_integrations.undisturbed_model import model_undisturbed
 
 
 @contextmanager
@@ -32,29 +28,6 @@ def trainer_undisturbed(trainer: Any) -> Iterator[None]:
             trainer.state.__dict__.update(state.__dict__)
             if metrics is not None:
                 trainer._metrics = metrics
-
-
-@contextmanager
-def model_undisturbed(model: nn.Module) -> Iterator[None]:
-    """Weights, buffers, gradients, modes, and which weights train."""
-    parameters, modes = parameters_by_name(model), [(module, module.training) for module in model.modules()]
-    gradients = [(p, p.grad, p.requires_grad) for p in parameters.values()]
-    buffers = {name: buffer.detach().clone() for name, buffer in buffers_by_name(model).items()}
-    forward = {name: model.__dict__[name] for name in _FORWARD if name in model.__dict__}
-    for parameter in parameters.values():
-        parameter.grad = None
-    try:
-        with standing(model, TrainingState({}, buffers)):
-            yield
-    finally:
-        for parameter, gradient, trains in gradients:
-            parameter.grad = gradient
-            parameter.requires_grad_(trains)
-        for module, training in modes:
-            module.training = training
-        for name in _FORWARD:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(forward)
 
 
 @contextmanager
