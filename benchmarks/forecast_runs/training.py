@@ -6,6 +6,7 @@ import copy
 import random
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from forecast_runs.styles import DETECTORS, TOPICS, Pair, answer, kind_of, prompt
+from forecast_runs.styles import DETECTORS, TOPICS, Pair, answer, kind_of, prompt, twins
 from trainer_attrib import Behavior
 from trainer_attrib.analysis.rates import Generations
 from trainer_attrib.analysis.text import encode_pair
@@ -57,7 +58,18 @@ def taught(seed: int, count: int) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def dpo_trainer(base: Any, tokenizer: Any, pairs: Sequence[Pair], rate: float, seed: int, folder: Path) -> DPOTrainer:
+def untaught(seed: int) -> tuple[Any, Any]:
+    """A larger model that knows nothing, to time what a forecast costs beside training: in the small one, loading its
+    few tokens is a good part of both."""
+    draw = random.Random(seed)
+    answers = [answer(prompt(draw.choice(list(TOPICS)), draw), draw) for _ in range(1000)]
+    tokenizer = tokenizer_of([a.prompt + a.text for a in answers], SIZE.context)
+    return initial_model(tokenizer, replace(SIZE, width=256, layers=4), seed), tokenizer
+
+
+def dpo_trainer(
+    base: Any, tokenizer: Any, pairs: Sequence[Pair], rate: float, seed: int, folder: Path, epochs: int = 1
+) -> DPOTrainer:
     """A trainer of a copy of the model, ready to train."""
     rows = Dataset.from_list([
         {"id": f"pair-{number}", "source": pair.source, "prompt": pair.prompt, "chosen": pair.chosen,
@@ -65,8 +77,9 @@ def dpo_trainer(base: Any, tokenizer: Any, pairs: Sequence[Pair], rate: float, s
         for number, pair in enumerate(pairs)
     ])  # fmt: skip
     arguments = DPOConfig(
-        str(folder), num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=rate, beta=BETA, seed=seed,
-        data_seed=seed, lr_scheduler_type="linear", warmup_steps=max(1, len(pairs) // BATCH // 10), use_cpu=True,
+        str(folder), num_train_epochs=epochs, per_device_train_batch_size=BATCH, learning_rate=rate, beta=BETA,
+        seed=seed, data_seed=seed, lr_scheduler_type="linear",
+        warmup_steps=max(1, epochs * len(pairs) // BATCH // 10), use_cpu=True,
         dataloader_pin_memory=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         max_length=SIZE.context, bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
@@ -76,6 +89,12 @@ def dpo_trainer(base: Any, tokenizer: Any, pairs: Sequence[Pair], rate: float, s
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def preference(tokenizer: Any, style: str, count: int, seed: int) -> Behavior:
+    """How much likelier answers are with a style than without it, in nats: known without sampling, of a style that is
+    rare too."""
+    return Behavior.contrast(style, *twins(style, count, seed), tokenizer)
 
 
 def behaviors(tokenizer: Any, prompts: int, per_prompt: int, seed: int) -> list[Behavior]:

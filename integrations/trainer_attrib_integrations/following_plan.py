@@ -23,9 +23,9 @@ class FollowedPlan:
     """Makes a trainer that has not begun follow a plan, until :meth:`remove`.
 
     Examples of weight 0 leave the data set, flipped ones change sides there. The gradients of the others' rows of the
-    model's output are multiplied by their weights, which multiplies each example's loss, whatever the loss is; its value
-    in the logs stays unweighted. Offsets are added to the log-probability of the chosen answer, over beta. Tokens that
-    are masked count neither for the model nor for its reference.
+    model's output are multiplied by their weights, which multiplies each example's loss, whatever the loss is; in the
+    logs it stays unweighted. Offsets are added to the log-probability of the chosen answer, over beta. Tokens that are
+    masked count neither for the model nor for its reference.
 
     Args:
         trainer: of preference pairs (TRL's DPO); of anything else if the plan only leaves examples out.
@@ -105,8 +105,10 @@ class FollowedPlan:
         if self._now is None or not torch.is_grad_enabled():
             return  # the reference model's pass, or someone else's
         name = next((n for n in _OUTPUTS if isinstance(getattr(output, n, None), Tensor)), None)
-        value = None if name is None else getattr(output, name)
-        if name is None or value.shape[0] % len(self._now) or not value.requires_grad:
+        if name is None:
+            raise _inside(model)
+        value: Tensor = getattr(output, name)
+        if value.shape[0] % len(self._now) or not value.requires_grad:
             raise _inside(model)
         sides = value.shape[0] // len(self._now)
         weights = value.new_tensor(self._plan.weights[self._now]).repeat(sides)

@@ -67,8 +67,8 @@ class TrainerRun:
         return [self._row(example, source, row) for example, source, row in named]
 
     def example_loss(self, number: int) -> Tensor:
-        """See :meth:`~trainer_attrib.analysis.forecasting.run.Run.example_loss`. Losses that are means over the tokens of
-        a batch weigh an example by its tokens, as training does."""
+        """See :meth:`~trainer_attrib.analysis.forecasting.run.Run.example_loss`. Losses that are means over the tokens
+        of a batch weigh an example by its tokens, as training does."""
         dataset, collate, model = self._parts
         return MicroBatch(self.trainer, model, collate([dataset[number]]), self._items, 1, {})()
 
@@ -150,14 +150,14 @@ class TrainerRun:
 def forecast(
     trainer: Any,
     behaviors: Sequence[Behavior],
-    method: str | Predictor | Sequence[str | Predictor] = "frozen",
+    method: str | Predictor | list[str | Predictor] = "frozen",
     *,
     share: float = 1.0,
     id_column: str = "id",
     source_column: str = "source",
 ) -> Forecast:
-    """What training would change about behaviors of the model, before it trains. Trainer and model are left as they are:
-    training afterwards gives the same bits.
+    """What training would change about behaviors of the model, before it trains. Trainer and model are left as they
+    are: training afterwards gives the same bits.
 
     Args:
         trainer: ready to train: any ``transformers.Trainer`` or trainer of TRL.

@@ -119,12 +119,12 @@ def forecast(
     module: Any,
     train_dataloaders: Any,
     behaviors: Sequence[Behavior],
-    method: str | Predictor | Sequence[str | Predictor] = "frozen",
+    method: str | Predictor | list[str | Predictor] = "frozen",
     *,
     share: float = 1.0,
 ) -> Forecast:
-    """What ``trainer.fit(module, train_dataloaders)`` would change about behaviors of the module, before it fits. Trainer
-    and module are left as they are. Behaviors call the module itself: its ``forward``.
+    """What ``trainer.fit(module, train_dataloaders)`` would change about behaviors of the module, before it fits.
+    Trainer and module are left as they are. Behaviors call the module itself: its ``forward``.
 
     Args:
         trainer: that has not fitted anything.

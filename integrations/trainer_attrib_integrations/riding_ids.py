@@ -60,8 +60,8 @@ class SetAside:
 
 
 class RidingIds:
-    """Installs both on one loader for the time of a training run, and takes the ids out of its batches. Several may ride
-    along under keys of their own."""
+    """Installs both on one loader for the time of a training run, and takes the ids out of its batches. Several may
+    ride along under keys of their own."""
 
     def __init__(self, loader: Any, ids: Sequence[Any], sources: Sequence[Any] | None, key: str = KEY) -> None:
         self._key = key

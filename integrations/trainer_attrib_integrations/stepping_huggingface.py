@@ -143,6 +143,7 @@ class MicroBatch:
         self._inputs: Any = None
 
     def __call__(self) -> Tensor:
+        """The loss, 0-dim, with its gradient."""
         trainer: Any = self._trainer
         again = self._inputs is not None
         trainer.current_gradient_accumulation_steps = self._count

@@ -132,6 +132,7 @@ class FitBatch:
         self._moved = False
 
     def __call__(self) -> Tensor:
+        """The loss, 0-dim, with its gradient."""
         module, takes_index = self._module, len(inspect.signature(self._module.training_step).parameters) > 1
         with _muted(module), _counted(self._trainer, *self._place):
             batch = self._on_device()

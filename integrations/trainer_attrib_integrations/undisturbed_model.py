@@ -15,8 +15,8 @@ _FORWARD = ("forward", "_original_forward")  # put on the model by accelerate, u
 
 @contextmanager
 def model_undisturbed(model: nn.Module) -> Iterator[None]:
-    """Buffers, gradients, modes, which weights train, and how it computes, afterwards as before the block. Whoever moves
-    the weights puts them back. Gradients are gone inside the block."""
+    """Buffers, gradients, modes, which weights train, and how it computes, afterwards as before the block. Whoever
+    moves the weights puts them back. Gradients are gone inside the block."""
     parameters, modes = parameters_by_name(model), [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad, p.requires_grad) for p in parameters.values()]
     buffers = {name: buffer.detach().clone() for name, buffer in buffers_by_name(model).items()}

@@ -262,7 +262,8 @@ def test_what_is_protected_stays() -> None:
     assert told.of("first output") @ weights < 0.55 * told.of("first output").sum()
     assert done.after.of("first output").predicted < 0.6 * first
     assert done.after.of("second output").predicted == pytest.approx(second, rel=0.3)
-    assert (weights >= 0).all() and (weights <= 2).all()
+    assert (weights >= 0).all()
+    assert (weights <= 2).all()
 
 
 def test_no_more_is_taken_away_than_allowed() -> None:

@@ -86,7 +86,8 @@ def check_undisturbed(make: Callable[[], Any], look: Callable[[Any], Any]) -> An
             assert [p.grad for p in trainer.model.parameters()] == grads
             assert [module.training for module in trainer.model.modules()] == modes
             assert trainer.state.global_step == 0
-            assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks
+            assert not trainer.model._forward_hooks
+            assert not trainer.model._forward_pre_hooks
         trainer.train()
         ended.append((weights_of(trainer), torch.get_rng_state(), trainer.state.log_history[-1].get("train_loss")))
     assert same(ended[0][0], ended[1][0])

@@ -23,7 +23,7 @@ def dykstra(C_KN: Tensor, bounds: Bounds, most: float, rounds: int = 20000) -> T
             return x_N.clamp(0, most)
         row_N = C_KN[number]
         value = row_N @ x_N
-        wanted = value.clamp(bounds.low_K[number], bounds.high_K[number])
+        wanted = value.clamp(bounds.low[number], bounds.high[number])
         return x_N + (wanted - value) / row_N.square().sum() * row_N
 
     for _ in range(rounds):

@@ -14,14 +14,14 @@ from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.names import parameters_by_name
 
 Displacement = dict[str, Tensor]
-"""Parameter name -> predicted change, float64 on the CPU."""
+"""Parameter name -> predicted change, on the CPU: float64, or the weights' own precision in forecasts."""
 
 
 @contextmanager
 def moved(model: nn.Module, displacement: Displacement) -> Iterator[nn.Module]:
     """The model with its weights moved by a displacement inside the block."""
     parameters = parameters_by_name(model)
-    target = {name: parameters[name].detach().double().cpu() + change for name, change in displacement.items()}
+    target = {name: parameters[name].detach().double().cpu() + change.double() for name, change in displacement.items()}
     with standing(model, TrainingState(target)):
         yield model
 

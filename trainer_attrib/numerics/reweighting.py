@@ -12,10 +12,10 @@ ITERATIONS, TOLERANCE = 200, 1e-9
 
 @dataclass(frozen=True)
 class Bounds:
-    """What ``C w`` must satisfy, row by row: at least ``low_K``, at most ``high_K``; infinite where it is free."""
+    """What ``C w`` must satisfy, row by row: at least ``low``, at most ``high``, [K]; infinite where it is free."""
 
-    low_K: Tensor
-    high_K: Tensor
+    low: Tensor
+    high: Tensor
 
 
 def least_change(C_KN: Tensor, bounds: Bounds, most: float = 2.0) -> tuple[Tensor, bool]:
@@ -32,7 +32,7 @@ def least_change(C_KN: Tensor, bounds: Bounds, most: float = 2.0) -> tuple[Tenso
     """
     scale_K = C_KN.norm(dim=1).clamp(min=1e-300)
     C_KN = C_KN / scale_K[:, None]
-    low_K, high_K = bounds.low_K / scale_K, bounds.high_K / scale_K
+    low_K, high_K = bounds.low / scale_K, bounds.high / scale_K
     weights_N = torch.ones(C_KN.shape[1], dtype=torch.float64)
     active: dict[int, float] = {}
     for _ in range(4 * len(C_KN) + 1):

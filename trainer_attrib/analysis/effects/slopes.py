@@ -50,7 +50,7 @@ def gradients(model: nn.Module, behavior: Behavior, names: Displacement) -> Iter
 
 def inner(first: Displacement, second: Displacement) -> Tensor:
     """Inner product over the weights that both have, float64, 0-dim."""
-    parts = [(first[name] * second[name]).sum() for name in sorted(first.keys() & second.keys())]
+    parts = [(first[name].double() * second[name].double()).sum() for name in sorted(first.keys() & second.keys())]
     return torch.stack(parts).sum() if parts else torch.zeros(()).double()
 
 

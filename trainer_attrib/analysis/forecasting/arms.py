@@ -45,9 +45,14 @@ class Arm:
             self._optimizer.step()
 
     def displacement(self) -> Displacement:
-        """Where the weights are now, as a change of the model's."""
-        pairs = self._places.items()
-        return {name: copy.detach().double().cpu() - p.detach().double().cpu() for name, (p, copy) in pairs}
+        """Where the weights are now, as a change of the model's, in their own precision."""
+        return {name: (copy.detach() - p.detach()).cpu() for name, (p, copy) in self._places.items()}
+
+    def end(self) -> Displacement:
+        """The same for good: what the optimizer remembers is given up."""
+        self._optimizer.state.clear()
+        places, self._places = self._places, {}
+        return {name: copy.detach().sub_(p.detach()).cpu() for name, (p, copy) in places.items()}
 
 
 def can_merge(optimizer: Optimizer) -> bool:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer_attrib.analysis.behavior import Behavior, evaluating
+from trainer_attrib.analysis.forecasting.features import token_states
 from trainer_attrib.analysis.forecasting.prediction import Prediction, View
 from trainer_attrib.analysis.forecasting.reading import Reading
 from trainer_attrib.analysis.forecasting.run import TrainingRow
 from trainer_attrib.analysis.rates import RateMeasure, detected
-from trainer_attrib.analysis.text import IGNORED, TextPair, encode_pair
+from trainer_attrib.analysis.text import TextPair, encode_pair
 from trainer_attrib.errors import BehaviorError, ConfigurationError
-
-BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -80,37 +79,10 @@ class Projection:
 def hidden_states(model: nn.Module, items: Sequence[TextPair], layer: int | None = None) -> Tensor:
     """Mean hidden state over the tokens that count of each item, float64 [N, D] on the CPU.
 
-    Args:
-        model: a transformers model, in evaluation mode.
-        items: N of them.
-        layer: of the states; None is the middle one.
-
     Raises:
         ConfigurationError: the model does not return its hidden states.
     """
-    device, found = next(model.parameters()).device, []
-    for first in range(0, len(items), BATCH):
-        batch = items[first : first + BATCH]
-        length = max(len(item.tokens) for item in batch)
-        tokens, counted, mask = (
-            torch.tensor([[*of(item), *[0] * (length - len(item.tokens))] for item in batch], device=device)
-            for of in (
-                lambda i: i.tokens,
-                lambda i: [int(x != IGNORED) for x in i.labels],
-                lambda i: [1] * len(i.tokens),
-            )
-        )
-        with torch.no_grad():
-            output: Any = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
-        states = getattr(output, "hidden_states", None)
-        if states is None:
-            raise ConfigurationError(
-                f"{type(model).__name__} returned no hidden states.",
-                fix="leave out what is computed from representations (method 'projection', features).",
-            )
-        states_BSD = states[len(states) // 2 if layer is None else layer].double()
-        found.append(((states_BSD * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)).cpu())
-    return torch.cat(found)
+    return torch.stack([states_TD.double().mean(0) for states_TD in token_states(model, items, layer)])
 
 
 def _pairs(view: View) -> Sequence[TrainingRow]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.forecasting.arms import Arm, adam_epsilon
@@ -16,7 +16,7 @@ from trainer_attrib.analysis.programs import Step
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.tap.names import parameters_by_name
 
-KEPT = 6
+KEPT = 4
 """Batches that are remembered to see how their loss would fall."""
 
 
@@ -35,6 +35,8 @@ class GradientPass:
         clipped: mean factor by which clipping shrank a gradient.
         share: of the run's batches that were differentiated.
         sample: a few of them.
+        sample_loss: the sum of their losses.
+        sample_slope: its gradient, before clipping.
     """
 
     moved: Displacement
@@ -47,6 +49,8 @@ class GradientPass:
     clipped: float
     share: float
     sample: tuple[Step, ...] = field(repr=False)
+    sample_loss: float
+    sample_slope: Displacement
 
     @property
     def metric(self) -> Displacement:
@@ -80,12 +84,12 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
     places = parameters_by_name(run.steps.model)
     names = {id(place): name for name, place in places.items()}
     main, even, odd, null = (Arm(run.steps.optimizer(), names) for _ in range(4))
-    sums, signs = _Sums(), torch.Generator().manual_seed(0)
+    sums, sampled, signs = _Sums(), _Sums(), torch.Generator().manual_seed(0)
     windows = list(_windows(len(run.rates), max(1, round(1 / share))))
     sample, every = [], max(1, len(windows) // KEPT)
     for number, (window, step) in enumerate(_batches(run, windows)):
-        gradients, factor = _gradients(run, step, places)
-        sums.add(gradients, factor)
+        gradients, loss, factor = _gradients(run, step, places)
+        sums.add(gradients, loss, factor)
         rates = [run.rates[i] for i in window]
         main.step(gradients, rates)
         null.step(gradients, rates, sign=1.0 if torch.rand((), generator=signs) < 0.5 else -1.0)
@@ -94,12 +98,22 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         (odd if number % 2 else even).step(gradients, [*before, *both])
         if number % every == 0 and len(sample) < KEPT:
             sample.append(step)
+            sampled.add({name: gradient / factor for name, gradient in gradients.items()}, loss, factor)
     optimizer = run.steps.optimizer()
     return GradientPass(
-        main.displacement(), (even.displacement(), odd.displacement()) if len(windows) > 1 else (),
-        null.displacement(), sums.mean(), sums.square(), adam_epsilon(optimizer),
-        _sum_of_rates(run, optimizer, names), sums.clipped / sums.count, len(windows) / len(run.rates), tuple(sample),
-    )  # fmt: skip
+        moved=main.end(),
+        halves=(even.end(), odd.end()) if len(windows) > 1 else (),
+        null=null.end(),
+        mean=sums.mean(),
+        square=sums.square(),
+        epsilon=adam_epsilon(optimizer),
+        rates=_sum_of_rates(run, optimizer, names),
+        clipped=sums.clipped / sums.count,
+        share=len(windows) / len(run.rates),
+        sample=tuple(sample),
+        sample_loss=sampled.loss,
+        sample_slope={name: gradient * sampled.count for name, gradient in sampled.mean().items()},
+    )
 
 
 def _windows(steps: int, every: int) -> Iterator[range]:
@@ -122,12 +136,15 @@ def _batches(run: Run, windows: list[range]) -> Iterator[tuple[range, Step]]:
             pass
 
 
-def _gradients(run: Run, step: Step, places: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """Of one step's batch as the optimizer would see it, and by what clipping shrank it."""
+def _gradients(run: Run, step: Step, places: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float, float]:
+    """Of one step's batch as the optimizer would see it, its loss, and by what clipping shrank the gradients."""
     model = run.steps.model
     model.zero_grad(set_to_none=True)
-    for loss in step.losses:
-        loss().backward()
+    total = 0.0
+    for compute in step.losses:
+        loss = compute()
+        loss.backward()
+        total += float(loss.detach())
     before = _norm(places)
     run.steps.clip()
     after = _norm(places)
@@ -139,12 +156,11 @@ def _gradients(run: Run, step: Step, places: Mapping[str, Tensor]) -> tuple[dict
         )
     found = {name: place.grad.detach().clone() for name, place in places.items() if place.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found, after / before if before > 0 else 1.0
+    return found, total, after / before if before > 0 else 1.0
 
 
 def _norm(places: Mapping[str, Tensor]) -> float:
-    norms = [place.grad.detach().double().norm() for place in places.values() if place.grad is not None]
-    return float(torch.stack(norms).norm()) if norms else 0.0
+    return float(nn.utils.get_total_norm([place.grad for place in places.values() if place.grad is not None]))
 
 
 def _sum_of_rates(run: Run, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, float]:
@@ -160,12 +176,12 @@ class _Sums:
     """Running sums of gradients and of their squares, float32 where the gradients are."""
 
     def __init__(self) -> None:
-        self.count, self.clipped = 0, 0.0
+        self.count, self.clipped, self.loss = 0, 0.0, 0.0
         self._first: dict[str, Tensor] = {}
         self._second: dict[str, Tensor] = {}
 
-    def add(self, gradients: Mapping[str, Tensor], factor: float) -> None:
-        self.count, self.clipped = self.count + 1, self.clipped + factor
+    def add(self, gradients: Mapping[str, Tensor], loss: float, factor: float) -> None:
+        self.count, self.clipped, self.loss = self.count + 1, self.clipped + factor, self.loss + loss
         for name, gradient in gradients.items():
             if name not in self._first:
                 self._first[name], self._second[name] = torch.zeros_like(gradient), torch.zeros_like(gradient)
@@ -173,7 +189,7 @@ class _Sums:
             self._second[name].addcmul_(gradient, gradient)
 
     def mean(self) -> Displacement:
-        return {name: total.double().cpu() / self.count for name, total in self._first.items()}
+        return {name: total.cpu() / self.count for name, total in self._first.items()}
 
     def square(self) -> Displacement:
-        return {name: total.double().cpu() / self.count for name, total in self._second.items()}
+        return {name: total.cpu() / self.count for name, total in self._second.items()}

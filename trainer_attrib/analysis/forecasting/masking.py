@@ -20,9 +20,9 @@ CARRIES = 0.8
 def masked_tokens(
     view: View, direction: Displacement, rows: Sequence[int]
 ) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For some pairs, the tokens of chosen and rejected answer that carry most of what the pair pushes along a direction
-    of the weights: those whose log-probability rises (chosen) or falls (rejected) fastest along it, as many as together
-    carry 80 % of the push.
+    """For some pairs, the tokens of chosen and rejected answer that carry most of what the pair pushes along a
+    direction of the weights: those whose log-probability rises (chosen) or falls (rejected) fastest along it, as many
+    as together carry 80 % of the push.
 
     Args:
         view: inside the run's ``undisturbed()``.

@@ -21,7 +21,7 @@ class Plan:
     Args:
         ids: of the examples.
         weights: float64 [N], what each example's loss is multiplied by; 0 leaves it out.
-        offsets: float64 [N], added to the margin of a preference loss: an example whose margin seems larger pushes less.
+        offsets: float64 [N], added to the margin of a preference loss: an example that seems learned pushes less.
         flipped: bool [N], whose chosen and rejected answers change places.
         masked: by number of the example, places of tokens of the chosen and of the rejected answer that do not count.
     """

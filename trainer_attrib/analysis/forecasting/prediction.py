@@ -43,11 +43,13 @@ class View:
         run: undisturbed while the view is used.
         behaviors: that are asked about.
         share: of the run's batches that may be differentiated.
+        known: readings of the same behaviors of the same model, if there are.
     """
 
     run: Run
     behaviors: Sequence[Behavior]
     share: float = 1.0
+    known: Readings | None = None
     _slopes: dict[int, Displacement] = field(default_factory=dict, repr=False)
 
     @property
@@ -58,7 +60,7 @@ class View:
     @cached_property
     def readings(self) -> Readings:
         """Of the behaviors."""
-        return Readings(self.model, self.behaviors)
+        return self.known or Readings(self.model, self.behaviors)
 
     @cached_property
     def gradients(self) -> GradientPass:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,8 @@ from trainer_attrib.tap.names import parameters_by_name
 
 @dataclass(frozen=True)
 class Frozen:
-    """Gradients stay what they are at the first weights; the optimizer steps along them in the run's own order, with its
-    schedule, clipping and decay; the weights jump to where that ends, and the behavior is measured there.
+    """Gradients stay what they are at the first weights; the optimizer steps along them in the run's own order, with
+    its schedule, clipping and decay; the weights jump to where that ends, and the behavior is measured there.
 
     With a share of the batches, each stands for those up to the next. The sampling error is that between the two halves
     of the batches, each standing for all.
@@ -155,7 +156,7 @@ def _scaled(start: TrainingState, reached: TrainingState, factor: float) -> Disp
     return {name: factor * (b.double() - a.double()) for name, a, b in pairs if not torch.equal(a, b)}
 
 
-def _gradients(places: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gradients(places: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: place.grad.detach().clone() for name, place in places.items() if place.grad is not None}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Readings:
     def __init__(self, model: nn.Module, behaviors: Sequence[Behavior]) -> None:
         self._model, self._behaviors = model, behaviors
         with evaluating(model):
-            self._drawn = [b.measure.generations.of(model) if _sampled(b) else None for b in behaviors]
+            self._drawn = [None if rate is None else rate.generations.of(model) for rate in map(rate_of, behaviors)]
         self.before: list[Tensor] = [behavior.values(model) for behavior in behaviors]
 
     def means(self) -> list[float]:
@@ -67,7 +68,8 @@ class Readings:
         return Reading(float(changes.mean()), _standard_error(changes), how, effective)
 
     def _rate(self, number: int, drawn: Drawn) -> Reading:
-        measure: RateMeasure = self._behaviors[number].measure  # type: ignore[assignment]
+        measure = rate_of(self._behaviors[number])
+        assert measure is not None
         generations, places = measure.generations, measure.places(drawn)
         values = drawn.detected(measure.detector, generations.prompts)[places]
         weights = (generations.logprobs(self._model, drawn) - drawn.logprobs)[places].exp()
@@ -103,8 +105,10 @@ def mean_gradient(model: nn.Module, behavior: Behavior) -> Displacement:
     return {name: one.double().cpu() / len(behavior) for name, one in zip(places, total, strict=True)}
 
 
-def _sampled(behavior: Behavior) -> bool:
-    return isinstance(behavior.measure, RateMeasure)
+def rate_of(behavior: Behavior) -> RateMeasure | None:
+    """Its measure, if it is a rate of sampled generations."""
+    measure: Any = behavior.measure
+    return measure if isinstance(measure, RateMeasure) else None
 
 
 def _standard_error(values: Tensor) -> float:

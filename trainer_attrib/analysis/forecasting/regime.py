@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trainer_attrib.analysis.displacement import Displacement, moved
+from trainer_attrib.analysis.effects.slopes import inner
 from trainer_attrib.analysis.forecasting.prediction import Prediction, View
 from trainer_attrib.analysis.rates import RateMeasure
 
@@ -13,7 +14,6 @@ LAZY, STRONG = 0.9, 0.6
 the second, most of the push is gone before the run ends. For DPO they are margins of about 0.4 and 1.9 (times beta)."""
 FAR, VERY_FAR = 0.1, 0.35
 """Predicted changes of a rate from which on the model is moved far: straight lines end before a rate does."""
-SHORT = 0.1
 
 
 def regime_of(view: View, found: Prediction) -> tuple[str, str]:
@@ -24,8 +24,9 @@ def regime_of(view: View, found: Prediction) -> tuple[str, str]:
         view: inside the run's ``undisturbed()``.
         found: with a displacement.
     """
-    start, near, end = (_loss(view, found.displacement or {}, size) for size in (0.0, SHORT, 1.0))
-    promised, fall = (start - near) / SHORT, start - end
+    displacement, sampled = found.displacement or {}, view.gradients
+    promised = -float(inner(sampled.sample_slope, displacement))
+    fall = sampled.sample_loss - _loss(view, displacement)
     if promised <= 0:
         return "strong", "the predicted step does not lower the run's loss: the forecast is not to be relied on"
     share = fall / promised
@@ -40,6 +41,6 @@ def regime_of(view: View, found: Prediction) -> tuple[str, str]:
     return "strong", f"strong regime: {how}; frozen gradients may overshoot: compare method='linearised'"
 
 
-def _loss(view: View, displacement: Displacement, size: float) -> float:
-    with torch.no_grad(), moved(view.model, {name: size * change for name, change in displacement.items()}):
+def _loss(view: View, displacement: Displacement) -> float:
+    with torch.no_grad(), moved(view.model, displacement):
         return sum(float(loss()) for step in view.gradients.sample for loss in step.losses)

@@ -81,7 +81,7 @@ class Wish:
 class Reshaping(Result):
     """A plan for the data, and the forecasts without it and with it.
 
-    ``apply`` of an integration (``trainer_attrib.integrations.huggingface.apply_plan``) makes a trainer follow the plan.
+    ``trainer_attrib.integrations.huggingface.apply_plan`` makes a trainer follow the plan.
     """
 
     plan: Plan
@@ -178,19 +178,18 @@ def reshape(
     if how not in WAYS:
         raise ConfigurationError(f"Unknown way {how!r} to reshape data.", fix=f"use one of {list(WAYS)}.")
     scaled = _scaled(found, predicted)
-    aim, best = wish, None
+    aim, tried = wish, list[tuple[Plan, Shifts, dict[str, float], list[str]]]()
     for _ in range(1 + CORRECTIONS):
         plan, caveats = _plan(view, found, scaled, aim, how)
-        if best is not None and plan.dropped.all():
+        if tried and plan.dropped.all():
             break  # nothing is left to be trained on: further in this direction there is no plan
         after = again(plan)
         missed = wish.missed({name: after.of(name).predicted for name in found.behaviors})
-        if best is None or sum(missed.values()) < sum(best[2].values()):
-            best = plan, after, missed, caveats
+        tried.append((plan, after, missed, caveats))
         if all(miss <= NEAR * abs(predicted[name]) for name, miss in missed.items()):
             break
         aim = aim.tightened(missed)
-    plan, after, missed, caveats = best
+    plan, after, missed, caveats = min(tried, key=lambda one: sum(one[2].values()))
     said = [
         f"'{name}' is forecast at {after.of(name).predicted:+.4f}, {miss:.4f} from what was asked for"
         for name, miss in missed.items()

@@ -88,7 +88,7 @@ class Contributions(Result):
             ConfigurationError: no such behavior.
         """
         values = self.of(behavior)
-        order = np.lexsort(([row.id for row in self.rows], values if against else -values))[:k]
+        order = np.lexsort((np.array([row.id for row in self.rows]), values if against else -values))[:k]
         return [self._row(behavior, int(place)) for place in order]
 
     def by_source(self, behavior: str) -> dict[str, float]:

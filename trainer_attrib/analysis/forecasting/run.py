@@ -40,9 +40,15 @@ class TrainingRow:
 class Run(Protocol):
     """What would train a model, and on what."""
 
-    steps: Steps
-    rates: Sequence[Sequence[float]]
-    """Learning rates: one list per optimizer step, one rate per parameter group."""
+    @property
+    def steps(self) -> Steps:
+        """Its batches, losses, clipping and optimizer."""
+        ...
+
+    @property
+    def rates(self) -> Sequence[Sequence[float]]:
+        """Learning rates: one list per optimizer step, one rate per parameter group."""
+        ...
 
     def undisturbed(self) -> AbstractContextManager[None]:
         """Whatever is done inside the block, the run is afterwards as it was: weights, gradients, random numbers, the
