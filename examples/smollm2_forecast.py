@@ -33,7 +33,7 @@ import trainer_attrib as ta
 from trainer_attrib.integrations.huggingface import forecast
 
 TRAINED, KINDS = ("race", "profession"), ("race", "profession", "gender", "religion")
-HELD_OUT, BATCH = 32, 8
+HELD_OUT, BATCH = 16, 8
 
 
 def main() -> None:

@@ -32,12 +32,11 @@ class Arm:
         self._settings = [dict(group) for group in optimizer.param_groups]
         self._merges = can_merge(optimizer)
 
-    def step(self, gradients: Mapping[str, Tensor], rates: Sequence[Sequence[float]], sign: float = 1.0) -> None:
+    def step(self, gradients: Mapping[str, Tensor], rates: Sequence[Sequence[float]]) -> None:
         """Take the steps that have these learning rates, all along the same gradients. Optimizers that can be merged
         take one step for all of them, which moves as far and forgets as much; others take each."""
         for name, (_, copy) in self._places.items():
-            gradient = gradients.get(name)
-            copy.grad = None if gradient is None else sign * gradient
+            copy.grad = gradients.get(name)
         for window in [rates] if self._merges else [[rate] for rate in rates]:
             for number, group in enumerate(self._optimizer.param_groups):
                 own = [rate[number] for rate in window]

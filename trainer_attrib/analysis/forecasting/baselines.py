@@ -34,7 +34,7 @@ class Counts:
             gaps = torch.tensor([detected(measure.detector, r.prompt, r.chosen) for r in rows])
             gaps -= torch.tensor([detected(measure.detector, r.prompt, r.rejected or "") for r in rows])
             changes.append(Reading(float(gaps.mean()), float(gaps.std() / len(gaps) ** 0.5), "counted"))
-        return Prediction(changes, [0.0] * len(changes), None, 0.0, scaled=False)
+        return Prediction(changes, None, 0.0, scaled=False)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Projection:
             )
             shift = (chosen - rejected).mean(0)
             changes = [Reading(self._along(view, measure, shift), 0.0, "projected") for measure in measures]
-        return Prediction(changes, [0.0] * len(changes), None, 1 / 3, scaled=False)
+        return Prediction(changes, None, 1 / 3, scaled=False)
 
     def _along(self, view: View, measure: RateMeasure, shift: Tensor) -> float:
         drawn = measure.generations.of(view.model)

@@ -139,9 +139,9 @@ def forecast(
 ) -> Forecast:
     """Predict what a run would change about behaviors. The run and its model are left as they are.
 
-    The error bar holds the standard error over queries and samples, that of the batches not looked at, and the
-    disagreement with a predictor of another kind (``warm``). The noise floor is the shift that the same batches would
-    cause if the sign of each one's gradient were drawn at random, plus the standard error over queries and samples.
+    The error bar holds the standard error over queries and samples, that of the batches not looked at, and a part of
+    the disagreement with a predictor of another kind (``warm``). The noise floor is the shift by what the batches do
+    not agree on, half of them against the other half, and the standard error over queries and samples.
 
     Args:
         run: that has not begun.
@@ -162,20 +162,22 @@ def forecast(
         view.run.steps.model.train()
         found = [(one, one.predict(view)) for one in methods]
         moving = next((p for _, p in found if p.displacement is not None), None)
-        floors = _floors(view) if moving else [float("nan")] * len(behaviors)
+        noise = _noise(view) if moving else [float("nan")] * len(behaviors)
         regime, note = regime_of(view, moving) if moving else ("unknown", "")
-        rows = [row for one, p in found for row in _rows(view, one, p, floors, regime)]
+        rows = [row for one, p in found for row in _rows(view, one, p, noise, regime)]
     caveats = [*(one.caveat for one in methods), note, *_said(rows)]
     return Forecast(tuple(rows), tuple(filter(None, caveats)), view)
 
 
-def _rows(view: View, method: Predictor, found: Prediction, floors: Sequence[float], regime: str) -> list[Shift]:
+def _rows(view: View, method: Predictor, found: Prediction, noise: Sequence[float], regime: str) -> list[Shift]:
     others = _others(view, method) if found.scaled else [r.change for r in found.changes]
     rows = []
-    facts = zip(view.behaviors, view.readings.means(), found.changes, found.sampling, others, floors, strict=True)
-    for behavior, before, reading, sampling, other, floor in facts:
+    facts = zip(view.behaviors, view.readings.means(), found.changes, others, noise, strict=True)
+    left_out = (1 - found.cost) ** 0.5 if found.cost < 1 else 0.0  # of a finite population
+    for behavior, before, reading, other, batches in facts:
         apart = (1.0 if reading.how == "linear" else OTHER) * (reading.change - other)
-        bar = ((COVERED * reading.standard_error) ** 2 + (FEW * sampling) ** 2 + apart**2) ** 0.5
+        bar = ((COVERED * reading.standard_error) ** 2 + (FEW * left_out * batches) ** 2 + apart**2) ** 0.5
+        floor = (batches**2 + (COVERED * reading.standard_error) ** 2) ** 0.5
         linear = reading.change if reading.how == "linear" else float("nan")
         rows.append(
             Shift(behavior.name, method.name, before, reading.change, bar if found.scaled else float("nan"),
@@ -190,15 +192,15 @@ def _others(view: View, method: Predictor) -> list[float]:
     return [reading.change for reading in view.readings.of(other)]
 
 
-def _floors(view: View) -> list[float]:
-    """The shift of data without preferences, its scale shared by behaviors of a unit: one may be small by chance."""
-    found = view.readings.of(view.gradients.null)
-    floors = []
+def _noise(view: View) -> list[float]:
+    """The shift by what the batches do not agree on, its scale shared by behaviors of a unit: one may be small by
+    chance."""
+    found = view.readings.of(view.gradients.noise)
+    sizes = []
     for behavior, reading in zip(view.behaviors, found, strict=True):
         like = [r.change for b, r in zip(view.behaviors, found, strict=True) if b.unit == behavior.unit]
-        typical = (sum(change * change for change in like) / len(like)) ** 0.5
-        floors.append((max(abs(reading.change), typical) ** 2 + (COVERED * reading.standard_error) ** 2) ** 0.5)
-    return floors
+        sizes.append(max(abs(reading.change), (sum(change * change for change in like) / len(like)) ** 0.5))
+    return sizes
 
 
 def _said(rows: Sequence[Shift]) -> list[str]:

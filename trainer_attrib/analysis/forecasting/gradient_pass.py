@@ -26,8 +26,8 @@ class GradientPass:
 
     Args:
         moved: where frozen gradients lead the optimizer.
-        halves: the same with every other batch alone standing for all; empty unless asked for.
-        null: the same with the sign of each batch's gradient drawn at random: data that prefer nothing.
+        noise: half the difference between where every other batch alone would lead it, standing for all, and where the
+            remaining ones would: what the batches do not agree on, of the size of the error of their mean.
         mean: of the gradients over batches, after clipping.
         square: mean of their squares.
         epsilon: of an optimizer of Adam's kind, else None.
@@ -40,8 +40,7 @@ class GradientPass:
     """
 
     moved: Displacement
-    halves: tuple[Displacement, ...]
-    null: Displacement
+    noise: Displacement
     mean: Displacement
     square: Displacement
     epsilon: float | None
@@ -83,8 +82,8 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         raise ConfigurationError(f"share={share}", fix="pass the part of the batches to differentiate, in (0, 1].")
     places = parameters_by_name(run.steps.model)
     names = {id(place): name for name, place in places.items()}
-    main, even, odd, null = (Arm(run.steps.optimizer(), names) for _ in range(4))
-    sums, sampled, signs = _Sums(), _Sums(), torch.Generator().manual_seed(0)
+    main, even, odd = (Arm(run.steps.optimizer(), names) for _ in range(3))
+    sums, sampled = _Sums(), _Sums()
     windows = list(_windows(len(run.rates), max(1, round(1 / share))))
     sample, every = [], max(1, len(windows) // KEPT)
     for number, (window, step) in enumerate(_batches(run, windows)):
@@ -92,7 +91,6 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         sums.add(gradients, loss, factor)
         rates = [run.rates[i] for i in window]
         main.step(gradients, rates)
-        null.step(gradients, rates, sign=1.0 if torch.rand((), generator=signs) < 0.5 else -1.0)
         both = [run.rates[i] for pair in windows[number : number + 2] for i in pair]
         before = [] if number != 1 else [run.rates[i] for i in windows[0]]
         (odd if number % 2 else even).step(gradients, [*before, *both])
@@ -102,8 +100,7 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
     optimizer = run.steps.optimizer()
     return GradientPass(
         moved=main.end(),
-        halves=(even.end(), odd.end()) if len(windows) > 1 else (),
-        null=null.end(),
+        noise=_half_the_difference(even.end(), odd.end()) if len(windows) > 1 else {},
         mean=sums.mean(),
         square=sums.square(),
         epsilon=adam_epsilon(optimizer),
@@ -114,6 +111,10 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         sample_loss=sampled.loss,
         sample_slope={name: gradient * sampled.count for name, gradient in sampled.mean().items()},
     )
+
+
+def _half_the_difference(one: Displacement, other: Displacement) -> Displacement:
+    return {name: (change - other[name]).mul_(0.5) for name, change in one.items()}
 
 
 def _windows(steps: int, every: int) -> Iterator[range]:

@@ -22,14 +22,12 @@ class Prediction:
 
     Args:
         changes: one reading per behavior.
-        sampling: standard error of each for the data that the predictor did not look at, or would have drawn.
         displacement: of the weights, if the predictor moves them.
         cost: in gradients of a whole batch, as a share of the run's.
         scaled: whether the changes are in the behaviors' units; a baseline's are not, and tell only more from less.
     """
 
     changes: Sequence[Reading]
-    sampling: Sequence[float]
     displacement: Displacement | None = None
     cost: float = 0.0
     scaled: bool = True

@@ -25,8 +25,7 @@ class Frozen:
     """Gradients stay what they are at the first weights; the optimizer steps along them in the run's own order, with
     its schedule, clipping and decay; the weights jump to where that ends, and the behavior is measured there.
 
-    With a share of the batches, each stands for those up to the next. The sampling error is that between the two halves
-    of the batches, each standing for all.
+    With a share of the batches, each stands for those up to the next.
     """
 
     name = "frozen"
@@ -35,9 +34,7 @@ class Frozen:
     def predict(self, view: View) -> Prediction:
         """See :meth:`trainer_attrib.analysis.forecasting.prediction.Predictor.predict`."""
         found = view.gradients
-        halves = [view.readings.of(half) for half in found.halves]
-        changes = view.readings.of(found.moved)
-        return Prediction(changes, _between(halves, len(changes)), found.moved, found.share)
+        return Prediction(view.readings.of(found.moved), found.moved, found.share)
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,7 @@ class Warm:
     def predict(self, view: View) -> Prediction:
         """See :meth:`trainer_attrib.analysis.forecasting.prediction.Predictor.predict`."""
         found = view.gradients
-        changes = view.readings.of(found.warm)
-        return Prediction(changes, [0.0] * len(changes), found.warm, found.share)
+        return Prediction(view.readings.of(found.warm), found.warm, found.share)
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class GradientDot:
         found = view.gradients
         jump = found.warm
         dots = [float(inner(view.slope(number), jump)) for number in range(len(view.behaviors))]
-        return Prediction([Reading(dot, 0.0, "linear") for dot in dots], [0.0] * len(dots), None, found.share)
+        return Prediction([Reading(dot, 0.0, "linear") for dot in dots], None, found.share)
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class Linearised:
         displacement = arm.displacement()
         changes = view.readings.of(displacement)
         cost = 4 / 3 * taken / len(view.run.rates)
-        return Prediction(changes, [0.0] * len(changes), displacement, cost)
+        return Prediction(changes, displacement, cost)
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ class LookAhead:
             reached = state_of(view.model)
         moved = _scaled(start, reached, sums[-1] / sums[count - 1] if sums[count - 1] else 1.0)
         changes = view.readings.of(moved)
-        return Prediction(changes, [0.0] * len(changes), moved, count / len(sums))
+        return Prediction(changes, moved, count / len(sums))
 
 
 def _train(view: View, count: int) -> None:
@@ -158,18 +154,6 @@ def _scaled(start: TrainingState, reached: TrainingState, factor: float) -> Disp
 
 def _gradients(places: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: place.grad.detach().clone() for name, place in places.items() if place.grad is not None}
-
-
-def _between(halves: list[list[Reading]], count: int) -> list[float]:
-    """Standard error of the mean of two halves, with its scale shared by the behaviors: two values alone may agree by
-    chance."""
-    if len(halves) != 2:
-        return [0.0] * count
-    gaps = [abs(one.change - other.change) / 2 for one, other in zip(*halves, strict=True)]
-    sizes = [abs(one.change + other.change) / 2 for one, other in zip(*halves, strict=True)]
-    total = sum(size * size for size in sizes)
-    relative = (sum(gap * gap for gap in gaps) / total) ** 0.5 if total > 0 else 0.0
-    return [max(gap, relative * size) for gap, size in zip(gaps, sizes, strict=True)]
 
 
 def _computed_inside(model: str) -> ConfigurationError:

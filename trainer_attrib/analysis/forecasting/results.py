@@ -19,10 +19,10 @@ from trainer_attrib.report.blocks import Bar, Bars, Block, Example, Grid, Notes,
 class Shift:
     """Predicted change of one behavior by one method, in the behavior's unit.
 
-    ``before`` is the behavior at the first weights. ``noise_floor`` is the shift that the same data would cause with
-    preferences drawn at random; ``linear`` what the sum of all examples' first-order contributions predicts, nan
-    where unknown. ``effective`` is the re-weighted sample's size as a share of its own. ``cost`` is in gradients, as a
-    share of the run's.
+    ``before`` is the behavior at the first weights. ``noise_floor`` is the shift by what batches do not agree on, half
+    of them against the other half, with the error of measuring it; ``linear`` what the sum of all examples' first-order
+    contributions predicts, nan where unknown. ``effective`` is the re-weighted sample's size as a share of its own.
+    ``cost`` is in gradients, as a share of the run's.
     """
 
     behavior: str
@@ -39,7 +39,7 @@ class Shift:
 
     @property
     def above_noise(self) -> bool:
-        """Whether the shift can be told from that of data without preferences."""
+        """Whether the shift can be told from what batches do not agree on."""
         return abs(self.predicted) > self.noise_floor
 
     @property
