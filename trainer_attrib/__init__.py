@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trainer_attrib.analysis.behavior import Behavior as Behavior
     from trainer_attrib.analysis.examples import Examples as Examples
     from trainer_attrib.analysis.influence_results import Influence as Influence
+    from trainer_attrib.analysis.rates import Generations as Generations
     from trainer_attrib.analysis.results import StageEffects as StageEffects
     from trainer_attrib.capture.recorder import Recorder as Recorder
     from trainer_attrib.errors import TrainerAttribError as TrainerAttribError
@@ -26,6 +27,7 @@ _HOME = {
     "Analyzer": "trainer_attrib.analysis.analyzer",
     "Behavior": "trainer_attrib.analysis.behavior",
     "Examples": "trainer_attrib.analysis.examples",
+    "Generations": "trainer_attrib.analysis.rates",
     "Influence": "trainer_attrib.analysis.influence_results",
     "Ledger": "trainer_attrib.ledger.reader",
     "Recorder": "trainer_attrib.capture.recorder",
@@ -39,6 +41,7 @@ __all__ = [
     "Analyzer",
     "Behavior",
     "Examples",
+    "Generations",
     "Influence",
     "Ledger",
     "Recorder",

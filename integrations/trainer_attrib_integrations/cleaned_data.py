@@ -21,28 +21,43 @@ DROPPED = "dropped.jsonl"
 
 
 def write_cleaned(folder: str | os.PathLike[str], kept: Any, dropped: Sequence[Mapping[str, Any]]) -> Path:
-    """Write kept rows for ``datasets.load_from_disk``, and one JSON line for each dropped one; returns the folder.
+    """Write kept rows as :func:`write_rows` does, and one JSON line for each dropped one; returns the folder.
+
+    Args:
+        folder: new.
+        kept: the rows.
+        dropped: JSON-ready.
+
+    Raises:
+        ConfigurationError: see :func:`write_rows`.
+    """
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in dropped]
+    return write_rows(folder, kept, {DROPPED: "".join(lines)})
+
+
+def write_rows(folder: str | os.PathLike[str], rows: Any, beside_them: Mapping[str, str] | None = None) -> Path:
+    """Write rows for ``datasets.load_from_disk``, and files beside them; returns the folder.
 
     Everything is written beside the folder and moved there at once, so that whoever sees it sees all of it.
 
     Args:
         folder: new.
-        kept: a ``datasets.Dataset``, or dicts, of which those that lack a column have None there.
-        dropped: JSON-ready.
+        rows: a ``datasets.Dataset``, or dicts, of which those that lack a column have None there.
+        beside_them: name of a file -> its text.
 
     Raises:
         ConfigurationError: there is something at its place, it cannot be written, or rows have no common types.
     """
     place = Path(folder).absolute()
     refuse_existing(place)
-    stored = kept if isinstance(kept, datasets.Dataset) else _of_rows(kept)
+    stored = rows if isinstance(rows, datasets.Dataset) else _of_rows(rows)
     beside = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         stored.save_to_disk(beside / "data")
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in dropped]
-        (beside / "data" / DROPPED).write_text("".join(lines), encoding="utf-8")
+        for name, text in (beside_them or {}).items():
+            (beside / "data" / name).write_text(text, encoding="utf-8")
         refuse_existing(place)
         os.rename(beside / "data", place)
     except OSError as error:

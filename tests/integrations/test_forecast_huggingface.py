@@ -12,7 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 
-from datasets import Dataset, IterableDataset  # noqa: E402
+from datasets import Dataset, IterableDataset, load_from_disk  # noqa: E402
 
 from tests.support import support  # noqa: E402
 from trainer_attrib import Behavior  # noqa: E402
@@ -120,12 +120,17 @@ def test_dpo(dpo: Callable, tokenizer: Any, pairs: Any) -> None:
 def test_the_forecast_is_what_training_does(dpo: Callable, tokenizer: Any, pairs: Any) -> None:
     _, prefers = words_of(tokenizer, pairs)
     trainer = dpo(learning_rate=1e-4, max_steps=6)
+    prompts, chosen, rejected = ([pair[key] for pair in pairs] for key in ("prompt", "chosen", "rejected"))
+    accuracy = Behavior.accuracy("pairs", prompts, chosen, rejected, tokenizer)
+    before_accuracy = accuracy.values(trainer.model).mean()
+    assert before_accuracy == (prefers.values(trainer.model) > 0).double().mean()
     before = prefers.values(trainer.model).mean()
     methods = ["frozen", "linearised", "warm", "gradient", "look_ahead"]
     found = {row.method: row.predicted for row in forecast(trainer, [prefers], methods).rows}
     trainer.train()
     actual = float(prefers.values(trainer.model).mean() - before)
     assert found["frozen"] == pytest.approx(actual, rel=0.05)
+    assert accuracy.values(trainer.model).mean() >= before_accuracy
     assert found["linearised"] == pytest.approx(actual, rel=0.05)
     assert found["warm"] == pytest.approx(actual, rel=0.4)
     assert found["gradient"] == pytest.approx(found["warm"], rel=0.1)
@@ -301,7 +306,7 @@ def test_reshaped_training_does_what_the_forecast_says(how: str, dpo: Callable, 
     assert not again.model._forward_hooks
 
 
-def test_a_plan_in_the_columns_of_a_data_set(dpo: Callable, tokenizer: Any, pairs: Any) -> None:
+def test_a_plan_in_the_columns_of_a_data_set(dpo: Callable, tokenizer: Any, pairs: Any, tmp_path: Any) -> None:
     _, prefers = words_of(tokenizer, pairs)
     trainer = dpo()
     found = forecast(trainer, [prefers])
@@ -309,6 +314,10 @@ def test_a_plan_in_the_columns_of_a_data_set(dpo: Callable, tokenizer: Any, pair
     written = done.columns(Dataset.from_list(pairs))
     assert written["plan_weight"] == done.plan.weights.tolist()
     assert done.columns(pairs)[0]["plan_flip"] is False
+    done.write(tmp_path / "planned", Dataset.from_list(pairs))
+    assert load_from_disk(tmp_path / "planned")["plan_weight"][:] == written["plan_weight"][:]
+    with pytest.raises(ConfigurationError, match="exists already"):
+        done.write(tmp_path / "planned", pairs)
     both = []
     for how in ("plan", "columns"):
         again = dpo(written if how == "columns" else None)

@@ -156,6 +156,21 @@ class Behavior:
         return Behavior(name, items, _margin, queries, batch_size, "logits")
 
     @staticmethod
+    def accuracy(
+        name: str,
+        prompts: Sequence[str],
+        right: Sequence[str],
+        wrong: Sequence[str],
+        tokenizer: Any,
+        *,
+        batch_size: int = 32,
+    ) -> Behavior:
+        """Whether the right completion is likelier than the wrong one, 0 or 1; the mean is the accuracy on preference
+        pairs. It has no gradient: for influence and contributions ask :meth:`contrast`."""
+        asked = Behavior.contrast(name, prompts, right, wrong, tokenizer, batch_size=batch_size)
+        return replace(asked, measure=_prefers, unit="share of pairs")
+
+    @staticmethod
     def rate(
         name: str,
         prompts: Sequence[Prompt] | Generations,
@@ -219,6 +234,10 @@ def _contrast(model: nn.Module, items: list[tuple[TextPair, TextPair]]) -> Tenso
     both = completion_logprobs(model, [right for right, _ in items] + [wrong for _, wrong in items])
     right, wrong = both.chunk(2)
     return right - wrong
+
+
+def _prefers(model: nn.Module, items: list[tuple[TextPair, TextPair]]) -> Tensor:
+    return (_contrast(model, items).detach() > 0).float()
 
 
 def _margin(model: nn.Module, items: list[tuple[Any, Tensor]]) -> Tensor:

@@ -11,11 +11,12 @@ from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.forecasting.baselines import Counts, Projection
 from trainer_attrib.analysis.forecasting.contributions import contributions
 from trainer_attrib.analysis.forecasting.features import Encoder, FeatureView, feature_view
+from trainer_attrib.analysis.forecasting.planning import Wish
 from trainer_attrib.analysis.forecasting.prediction import Prediction, Predictor, View
 from trainer_attrib.analysis.forecasting.predictors import Frozen, GradientDot, Linearised, LookAhead, Warm
 from trainer_attrib.analysis.forecasting.reading import Readings
 from trainer_attrib.analysis.forecasting.regime import regime_of
-from trainer_attrib.analysis.forecasting.reshaping import Reshaping, Wish, reshape
+from trainer_attrib.analysis.forecasting.reshaping import Reshaping, reshape
 from trainer_attrib.analysis.forecasting.results import Contributions, Shift, Shifts
 from trainer_attrib.analysis.forecasting.run import Run
 from trainer_attrib.errors import ConfigurationError
