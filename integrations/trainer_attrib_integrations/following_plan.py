@@ -30,18 +30,22 @@ class FollowedPlan:
     Args:
         trainer: of preference pairs (TRL's DPO); of anything else if the plan only leaves examples out.
         plan: for its data set.
+        id_column: that names its rows; a row without it is called by its number.
 
     Raises:
         ConfigurationError: the plan is for other data, or asks for what this trainer's loss cannot do.
+        MissingDataError: rows of the data set are not in the plan.
     """
 
-    def __init__(self, trainer: Any, plan: Plan) -> None:
+    def __init__(self, trainer: Any, plan: Plan, id_column: str = "id") -> None:
         dataset = trainer.train_dataset
+        _refuse(trainer, plan)
         if len(dataset) != len(plan.ids):
             raise ConfigurationError(
                 f"The plan is for {len(plan.ids)} examples; the trainer's data set has {len(dataset)}.",
                 fix="apply the plan to the trainer that was forecast, or to one built in the same way.",
             )
+        plan = plan.of_rows(Rows(dataset, id_column).ids)
         self._trainer, self._plan = trainer, plan
         self._kept = [number for number, dropped in enumerate(plan.dropped.tolist()) if not dropped]
         self._wrapped, self._rides = Wrapped(), list[RidingIds]()
@@ -51,7 +55,6 @@ class FollowedPlan:
         self._dataset = dataset
         if not self._kept:
             raise ConfigurationError("The plan leaves out every example.", fix="ask for less.")
-        _refuse(trainer, plan)
         trainer.train_dataset = _arranged(dataset, plan, self._kept)
         kept = self._kept
         if plan.masked or bool((plan.offsets[kept] != 0).any()) or bool((plan.weights[kept] != 1).any()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -49,9 +49,14 @@ class TrainerRun:
         with self.undisturbed():
             self.rates: Sequence[Sequence[float]] = self._rates()
 
-    def undisturbed(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
         """See :meth:`~trainer_attrib.analysis.forecasting.run.Run.undisturbed`."""
-        return trainer_undisturbed(self.trainer)
+        with trainer_undisturbed(self.trainer):
+            try:
+                yield
+            finally:
+                self.__dict__.pop("_parts", None)  # how the model was prepared is undone
 
     def rows(self) -> list[TrainingRow]:
         """See :meth:`~trainer_attrib.analysis.forecasting.run.Run.rows`."""
@@ -82,7 +87,7 @@ class TrainerRun:
         """See :meth:`~trainer_attrib.analysis.forecasting.run.Run.arranged`."""
         rates = self.rates
         with self.undisturbed():
-            followed = FollowedPlan(self.trainer, plan)
+            followed = FollowedPlan(self.trainer, plan, self._columns[0])
             try:
                 self.rates = self._rates()
                 yield
@@ -177,18 +182,20 @@ def forecast(
     return forecast_run(run, behaviors, method, share=share)
 
 
-def apply_plan(trainer: Any, plan: Plan | Reshaping | None = None) -> FollowedPlan:
+def apply_plan(trainer: Any, plan: Plan | Reshaping | None = None, *, id_column: str = "id") -> FollowedPlan:
     """Make a trainer that has not begun follow a plan for its data; then call ``trainer.train()``.
 
     Args:
         trainer: of the data that were forecast.
         plan: of ``forecast(...).reshape(...)``; None takes the columns of its data set (``Reshaping.columns``).
+        id_column: that names its rows; a row without it is called by its number.
 
     Returns:
         With ``remove()``, after which the trainer is as it was.
 
     Raises:
         ConfigurationError: the plan is for other data, or asks for what this trainer's loss cannot do.
+        MissingDataError: rows of the data set are not in the plan.
     """
-    found = plan_of(trainer.train_dataset) if plan is None else plan
-    return FollowedPlan(trainer, found.plan if isinstance(found, Reshaping) else found)
+    found = plan_of(trainer.train_dataset, id_column) if plan is None else plan
+    return FollowedPlan(trainer, found.plan if isinstance(found, Reshaping) else found, id_column)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from trainer_attrib.analysis.training_state import TrainingState, standing
-from trainer_attrib.tap.names import buffers_by_name, parameters_by_name
+from trainer_attrib.analysis.training_state import buffers_kept
+from trainer_attrib.tap.names import parameters_by_name
 
 _FORWARD = ("forward", "_original_forward")  # put on the model by accelerate, under autocast
 
@@ -19,12 +19,11 @@ def model_undisturbed(model: nn.Module) -> Iterator[None]:
     moves the weights puts them back. Gradients are gone inside the block."""
     parameters, modes = parameters_by_name(model), [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad, p.requires_grad) for p in parameters.values()]
-    buffers = {name: buffer.detach().clone() for name, buffer in buffers_by_name(model).items()}
     forward = {name: model.__dict__[name] for name in _FORWARD if name in model.__dict__}
     for parameter in parameters.values():
         parameter.grad = None
     try:
-        with standing(model, TrainingState({}, buffers)):
+        with buffers_kept(model):
             yield
     finally:
         for parameter, gradient, trains in gradients:

@@ -19,7 +19,7 @@ from trainer_attrib import Behavior  # noqa: E402
 from trainer_attrib.analysis.forecasting.plan import Plan  # noqa: E402
 from trainer_attrib.analysis.programs import steps_of  # noqa: E402
 from trainer_attrib.analysis.rates import Generations  # noqa: E402
-from trainer_attrib.errors import ConfigurationError  # noqa: E402
+from trainer_attrib.errors import ConfigurationError, MissingDataError  # noqa: E402
 from trainer_attrib.integrations.huggingface import AttributionCallback, apply_plan, forecast  # noqa: E402
 from trainer_attrib.tap.names import parameters_by_name  # noqa: E402
 
@@ -259,6 +259,14 @@ def test_weights_of_texts(tiny_llama: Callable, tokenizer: Any, pairs: Any, sett
     assert torch.allclose(halved, 0.5 * plain, atol=1e-7)
 
 
+def test_a_plan_knows_its_rows_by_name(dpo: Callable, pairs: Any) -> None:
+    trainer = dpo(per_device_train_batch_size=8)
+    ids, weights = [pair["id"] for pair in pairs], np.linspace(0.25, 2.0, 8)
+    expected, *_ = batch_losses(trainer, Plan.keeping(ids, weights=weights))
+    found, *_ = batch_losses(trainer, Plan.keeping(ids[::-1], weights=weights[::-1]))
+    assert torch.equal(found, expected)
+
+
 def test_flips_turn_the_gradient_around_and_offsets_weigh(dpo: Callable, pairs: Any) -> None:
     """At the first step margins are 0, so that a pair pushes by sigma(-offset)."""
     trainer = dpo(per_device_train_batch_size=8)
@@ -356,6 +364,13 @@ def test_what_is_refused(
     trained.train()
     with pytest.raises(ConfigurationError, match="has trained 1 steps"):
         forecast(trained, [prefers])
+    moved = dpo(max_steps=2)
+    outlook = forecast(moved, [prefers])
+    moved.train()
+    with pytest.raises(ConfigurationError, match="other weights"):
+        outlook.contributions()
+    with pytest.raises(MissingDataError, match="not in the plan"):
+        apply_plan(trainer, Plan.keeping([f"other {number}" for number in range(8)]))
     texts = Dataset.from_list([{"text": pair["chosen"]} for pair in pairs])
     sft = trl.SFTTrainer(tiny_llama(0), args=trl.SFTConfig(**settings()), train_dataset=texts,
                          processing_class=tokenizer)  # fmt: skip

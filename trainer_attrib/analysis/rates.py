@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer_attrib.analysis.text import IGNORED, TextPair, completion_logprobs
-from trainer_attrib.analysis.training_state import random_states_kept
+from trainer_attrib.analysis.training_state import fingerprint_of, random_states_kept
 from trainer_attrib.errors import BehaviorError
-from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors
-from trainer_attrib.tap.names import parameters_by_name
 
 Prompt = str | Sequence[dict[str, str]]
 """A text, or the messages of a conversation, to which the tokenizer's chat template is applied."""
@@ -100,7 +98,7 @@ class Generations:
 
     def of(self, model: nn.Module) -> Drawn:
         """The model's generations, remembered for its weights. The caller puts it in evaluation mode."""
-        key = _weights(model)
+        key = fingerprint_of(model)
         if key not in self._drawn:
             with torch.no_grad(), random_states_kept():
                 torch.manual_seed(self.seed)
@@ -109,7 +107,7 @@ class Generations:
 
     def logprobs(self, model: nn.Module, drawn: Drawn) -> Tensor:
         """Log-probabilities under a model of what perhaps another one said, float64 [M], remembered too."""
-        key = _weights(model)
+        key = fingerprint_of(model)
         if drawn is self._drawn.get(key):
             return drawn.logprobs
         if key not in drawn.under:
@@ -219,10 +217,6 @@ def detected(detector: Detector, prompt: str, text: str) -> float:
 def _until(tokens: list[int], end: int | None) -> list[int]:
     """Tokens up to the first end, which is one of them."""
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
-
-
-def _weights(model: nn.Module) -> str:
-    return combine(fingerprint_tensors({name: p.detach() for name, p in parameters_by_name(model).items()}))
 
 
 def _remember(kept: dict[Any, Any], key: Any, value: Any) -> None:

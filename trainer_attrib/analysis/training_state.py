@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors
 from trainer_attrib.tap.names import buffers_by_name, parameters_by_name
 
 OptimizerState = Mapping[str, Mapping[str, Tensor]]
@@ -61,6 +62,19 @@ def state_of(model: nn.Module, optimizer: OptimizerState | None = None) -> Train
     """Copies of a model's weights and buffers on the CPU."""
     weights = {name: _copied(p) for name, p in parameters_by_name(model).items()}
     return TrainingState(weights, {name: _copied(b) for name, b in buffers_by_name(model).items()}, optimizer or {})
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Persistent buffers, such as running means that a forward pass in training mode moves, are afterwards what they
+    were."""
+    with standing(model, TrainingState({}, {name: _copied(b) for name, b in buffers_by_name(model).items()})):
+        yield
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """A hash of the bytes of all parameters."""
+    return combine(fingerprint_tensors({name: p.detach() for name, p in parameters_by_name(model).items()}))
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from trainer_attrib.analysis.forecasting.regime import regime_of
 from trainer_attrib.analysis.forecasting.reshaping import Reshaping, reshape
 from trainer_attrib.analysis.forecasting.results import Contributions, Shift, Shifts
 from trainer_attrib.analysis.forecasting.run import Run
+from trainer_attrib.analysis.training_state import fingerprint_of
 from trainer_attrib.errors import ConfigurationError
 
 COVERED, FEW, OTHER = 1.28, 1.9, 0.5
@@ -124,8 +125,13 @@ class Forecast(Shifts):
     def _view(self) -> View:
         if self.view is None:
             raise ConfigurationError(
-                "This forecast no longer knows its run.",
-                fix="call forecast again, on the trainer that has not trained.",
+                "This forecast no longer knows its run.", fix="call forecast again, before it trains."
+            )
+        if fingerprint_of(self.view.model) != self.view.weights:
+            raise ConfigurationError(
+                "The model has other weights than when it was forecast.",
+                cause="it was trained or loaded in between.",
+                fix="ask for contributions and plans before training, or build the trainer anew.",
             )
         return self.view
 
@@ -160,7 +166,7 @@ def forecast(
     _check(behaviors)
     with run.undisturbed():
         view = View(run, list(behaviors), share, readings)
-        view.run.steps.model.train()
+        view.model.train()
         found = [(one, one.predict(view)) for one in methods]
         moving = next((p for _, p in found if p.displacement is not None), None)
         noise = _noise(view) if moving else [float("nan")] * len(behaviors)

@@ -59,13 +59,12 @@ class Plan:
         signs = np.where(self.flipped, -1.0, 1.0)
         return signs * self.weights * 2 / (1 + np.exp(self.offsets))
 
-    def columns(self, dataset: Any, id_column: str = "id") -> dict[str, list[Any]]:
-        """The plan as columns of the data set that it was made for.
+    def of_rows(self, ids: Sequence[str]) -> Plan:
+        """The plan for a data set of these rows, in their order.
 
         Raises:
-            MissingDataError: the data set has other examples.
+            MissingDataError: there are rows that the plan does not know.
         """
-        ids = Rows(dataset, id_column).ids
         where = {example: number for number, example in enumerate(self.ids)}
         if missing := [example for example in ids if example not in where]:
             raise MissingDataError(
@@ -74,9 +73,19 @@ class Plan:
                 fix="pass the data set that was forecast, with its `id_column`.",
             )
         numbers = [where[example] for example in ids]
+        masked = {place: self.masked[number] for place, number in enumerate(numbers) if number in self.masked}
+        return Plan(tuple(ids), self.weights[numbers], self.offsets[numbers], self.flipped[numbers], masked)
+
+    def columns(self, dataset: Any, id_column: str = "id") -> dict[str, list[Any]]:
+        """The plan as columns of the data set that it was made for.
+
+        Raises:
+            MissingDataError: the data set has rows that the plan does not know.
+        """
+        own = self.of_rows(Rows(dataset, id_column).ids)
         return {
-            "plan_weight": self.weights[numbers].tolist(),
-            "plan_offset": self.offsets[numbers].tolist(),
-            "plan_flip": self.flipped[numbers].tolist(),
-            "plan_mask": [[list(side) for side in self.masked.get(number, ((), ()))] for number in numbers],
+            "plan_weight": own.weights.tolist(),
+            "plan_offset": own.offsets.tolist(),
+            "plan_flip": own.flipped.tolist(),
+            "plan_mask": [[list(side) for side in own.masked.get(place, ((), ()))] for place in range(len(own.ids))],
         }

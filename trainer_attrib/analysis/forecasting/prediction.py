@@ -14,6 +14,7 @@ from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.forecasting.gradient_pass import GradientPass, gradient_pass
 from trainer_attrib.analysis.forecasting.reading import Reading, Readings, mean_gradient
 from trainer_attrib.analysis.forecasting.run import Run
+from trainer_attrib.analysis.training_state import buffers_kept, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class View:
     behaviors: Sequence[Behavior]
     share: float = 1.0
     known: Readings | None = None
+    weights: str = field(init=False)
+    """Fingerprint of the weights that the run begins with."""
     _slopes: dict[int, Displacement] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.weights = fingerprint_of(self.model)
 
     @property
     def model(self) -> nn.Module:
@@ -63,7 +69,8 @@ class View:
     @cached_property
     def gradients(self) -> GradientPass:
         """Over the run's batches."""
-        return gradient_pass(self.run, self.share)
+        with buffers_kept(self.model):
+            return gradient_pass(self.run, self.share)
 
     def slope(self, number: int) -> Displacement:
         """Gradient of a behavior's mean.

@@ -15,7 +15,7 @@ from trainer_attrib.analysis.forecasting.arms import Arm
 from trainer_attrib.analysis.forecasting.linearised import linearised_outputs
 from trainer_attrib.analysis.forecasting.prediction import Prediction, View
 from trainer_attrib.analysis.forecasting.reading import Reading
-from trainer_attrib.analysis.training_state import TrainingState, standing, state_of
+from trainer_attrib.analysis.training_state import TrainingState, buffers_kept, standing, state_of
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.tap.names import parameters_by_name
 
@@ -81,25 +81,8 @@ class Linearised:
 
     def predict(self, view: View) -> Prediction:
         """See :meth:`trainer_attrib.analysis.forecasting.prediction.Predictor.predict`."""
-        steps = view.run.steps
-        places = parameters_by_name(view.model)
-        arm = Arm(steps.optimizer(), {id(place): name for name, place in places.items()})
-        every = max(1, round(1 / view.share))
-        taken = 0
-        for first, step in zip(range(len(view.run.rates)), steps.steps(), strict=False):
-            if first % every:
-                continue
-            taken += 1
-            view.model.zero_grad(set_to_none=True)
-            with linearised_outputs(view.model, arm.displacement()) as refreshed:
-                for loss in step.losses:
-                    loss().backward()
-            if not refreshed:
-                raise _computed_inside(type(view.model).__name__)
-            steps.clip()
-            arm.step(_gradients(places), view.run.rates[first : first + every])
-            view.model.zero_grad(set_to_none=True)
-        displacement = arm.displacement()
+        with buffers_kept(view.model):
+            displacement, taken = _linearised(view)
         changes = view.readings.of(displacement)
         cost = 4 / 3 * taken / len(view.run.rates)
         return Prediction(changes, displacement, cost)
@@ -131,6 +114,29 @@ class LookAhead:
         moved = _scaled(start, reached, sums[-1] / sums[count - 1] if sums[count - 1] else 1.0)
         changes = view.readings.of(moved)
         return Prediction(changes, moved, count / len(sums))
+
+
+def _linearised(view: View) -> tuple[Displacement, int]:
+    """Where the run leads in the linearised model, and how many steps were differentiated."""
+    steps = view.run.steps
+    places = parameters_by_name(view.model)
+    arm = Arm(steps.optimizer(), {id(place): name for name, place in places.items()})
+    every = max(1, round(1 / view.share))
+    taken = 0
+    for first, step in zip(range(len(view.run.rates)), steps.steps(), strict=False):
+        if first % every:
+            continue
+        taken += 1
+        view.model.zero_grad(set_to_none=True)
+        with linearised_outputs(view.model, arm.displacement()) as refreshed:
+            for loss in step.losses:
+                loss().backward()
+        if not refreshed:
+            raise _computed_inside(type(view.model).__name__)
+        steps.clip()
+        arm.step(_gradients(places), view.run.rates[first : first + every])
+        view.model.zero_grad(set_to_none=True)
+    return arm.end(), taken
 
 
 def _train(view: View, count: int) -> None:
