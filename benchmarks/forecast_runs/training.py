@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from fact_runs.training import Size, initial_model, tokenizer_of
-from torch.nn.utils.rnn import pad_sequence
+from hallucination_runs.training import collate
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
@@ -37,13 +36,6 @@ def taught(seed: int, count: int) -> tuple[Any, Any]:
     model = initial_model(tokenizer, SIZE, seed)
     pairs = [encode_pair(tokenizer, a.prompt, a.text + tokenizer.eos_token) for a in answers]
     rows = Dataset.from_list([{"input_ids": list(pair.tokens), "labels": list(pair.labels)} for pair in pairs])
-
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        tokens, labels = (
-            pad_sequence([torch.tensor(row[key]) for row in batch], batch_first=True, padding_value=filler)
-            for key, filler in (("input_ids", 1), ("labels", -100))
-        )
-        return {"input_ids": tokens, "attention_mask": (tokens != 1).long(), "labels": labels}
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

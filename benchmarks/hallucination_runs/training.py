@@ -53,13 +53,6 @@ def train(
     """Losses are of completions."""
     encoded = Dataset.from_list([{"id": row.id, **_encoded(tokenizer, row)} for row in rows])
 
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        tokens, labels = (
-            pad_sequence([torch.tensor(row[key]) for row in batch], batch_first=True, padding_value=filler)
-            for key, filler in (("input_ids", 1), ("labels", -100))
-        )
-        return {"input_ids": tokens, "attention_mask": (tokens != 1).long(), "labels": labels}
-
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, num_train_epochs=epochs, per_device_train_batch_size=SIZE.batch, learning_rate=rate, seed=seed,
@@ -70,6 +63,15 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
+
+
+def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    """Token ids and labels of different lengths, padded."""
+    tokens, labels = (
+        pad_sequence([torch.tensor(row[key]) for row in batch], batch_first=True, padding_value=filler)
+        for key, filler in (("input_ids", 1), ("labels", -100))
+    )
+    return {"input_ids": tokens, "attention_mask": (tokens != 1).long(), "labels": labels}
 
 
 def completions(model: GPT2LMHeadModel, tokenizer: Any, prompts: Sequence[str], *, sampled: int | None) -> list[str]:

@@ -364,6 +364,9 @@ def test_what_is_refused(
     trained.train()
     with pytest.raises(ConfigurationError, match="has trained 1 steps"):
         forecast(trained, [prefers])
+    rates, _ = words_of(tokenizer, pairs)
+    with pytest.raises(ConfigurationError, match="baselines alone"):
+        forecast(dpo(), rates, "counts").reshape(keep_below={"w1": 0.0})
     moved = dpo(max_steps=2)
     outlook = forecast(moved, [prefers])
     moved.train()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer_attrib.analysis.behavior import Behavior
@@ -38,6 +38,7 @@ class Forecast(Shifts):
     """Predicted changes of behaviors, and what can be asked about them while the run has not begun."""
 
     view: View | None = field(default=None, compare=False)
+    predictor: Predictor | None = field(default=None, compare=False)
 
     def contributions(self, behaviors: Sequence[str] | None = None) -> Contributions:
         """What each example adds to the predicted change, to first order: a pass over all examples, one by one.
@@ -77,19 +78,29 @@ class Forecast(Shifts):
                 (of the preference margin), or "mask" (of tokens).
 
         Raises:
-            ConfigurationError: unknown behaviors, a share outside [0, 1], or nothing is asked for.
+            ConfigurationError: unknown behaviors, a share outside [0, 1], nothing is asked for, or a forecast by
+                baselines alone.
             BehaviorError: a behavior has no gradient.
         """
         view = self._view()
         names = [behavior.name for behavior in view.behaviors]
         wish = Wish.of(names, keep_below or {}, keep_above or {}, protect, drop_at_most)
-        first = {name: self.of(name).predicted for name in names}
+        if self.predictor is None:
+            raise ConfigurationError(
+                "This forecast comes from baselines alone.",
+                fix="forecast by a method that follows the optimizer, such as 'frozen', first.",
+            )
+        predictor, own = (
+            self.predictor,
+            replace(self, rows=tuple(r for r in self.rows if r.method == self.predictor.name)),
+        )
+        first = {name: own.of(name).predicted for name in names}
 
         def again(plan: Any) -> Forecast:
             with view.run.arranged(plan):
-                return forecast(view.run, view.behaviors, self.rows[0].method, share=view.share, readings=view.readings)
+                return forecast(view.run, view.behaviors, predictor, share=view.share, readings=view.readings)
 
-        return reshape(view, self.contributions(), wish, how, first, self, again)
+        return reshape(view, self.contributions(), wish, how, first, own, again)
 
     def features(
         self,
@@ -173,7 +184,8 @@ def forecast(
         regime, note = regime_of(view, moving) if moving else ("unknown", "")
         rows = [row for one, p in found for row in _rows(view, one, p, noise, regime)]
     caveats = [*(one.caveat for one in methods), note, *_said(rows)]
-    return Forecast(tuple(rows), tuple(filter(None, caveats)), view)
+    follows = next((one for one, p in found if p.scaled), None)
+    return Forecast(tuple(rows), tuple(filter(None, caveats)), view, follows)
 
 
 def _rows(view: View, method: Predictor, found: Prediction, noise: Sequence[float], regime: str) -> list[Shift]:
