@@ -24,14 +24,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 from trainer_attrib import Analyzer, Behavior, Examples, Ledger, Recorder, SketchConfig
-from trainer_attrib.analysis.recipes.rows import StreamedStage
-from trainer_attrib.analysis.recipes.trackstar import training_moments
 from trainer_attrib.evaluation.adapters import scores_of
 from trainer_attrib.evaluation.detection import detection
-from trainer_attrib.numerics.row_curvature import damped_inverse, whiten
-from trainer_attrib.tap.plan import SketchPlan
 
-EPOCHS, BATCH, RATE, VALIDATION, SHARE, DAMPING = 15, 50, 2e-3, 100, 0.1, 0.1
+EPOCHS, BATCH, RATE, VALIDATION, SHARE = 15, 50, 2e-3, 100, 0.1
 PEERS = tuple(f"{name}, {what}" for name in ("gradient dot", "TracIn") for what in ("self", "validation"))
 
 
@@ -108,24 +104,17 @@ def trained(inputs: Tensor, labels: Tensor, ids: list[str], seed: int, ledger: P
 def ours(
     ledger: Path, model: nn.Module, known: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor], ids: list[str]
 ) -> dict[str, np.ndarray]:
-    """Minus the influence on clean examples' margins, and self-influence in the Fisher metric of the captured rows."""
+    """Minus the influence on clean examples' margins, and self-influence from the captured rows."""
     analyzer, found = Analyzer(ledger, model), {}
     margins, examples = Behavior.margin("margin", *asked), Examples.of_classes(*known, ids=ids)
     for recipe in ("gauss_newton", "fisher", "trackstar", "grad_dot", "grad_cos", "tracin"):
         given = {"train": examples} if recipe == "gauss_newton" else None
         influence = analyzer.influence([margins], recipe=recipe, data=given, controls=())
         found[f"{recipe}, validation"] = -scores_of(influence, ids).mean(0)
-    reader = Ledger(ledger).stage("train")
-    plan = SketchPlan.from_dict(reader.meta["plan"])
-    stage, spans = StreamedStage(reader, torch.ones(reader.width), False), [weight.span for weight in plan.weights]
-    inverses = [damped_inverse(moment, DAMPING) for moment in training_moments(stage, spans)[0].means()]
-    place, total, visits = {name: n for n, name in enumerate(ids)}, np.zeros(len(ids)), np.zeros(len(ids))
-    for table, rows in stage.stream("self-influence of"):
-        own = (whiten(rows.unit, spans, inverses) * rows.unit).sum(1) * rows.norms.square()
-        at = [place[name] for name in table["example"].to_pylist()]
-        np.add.at(total, at, own.double().numpy())
-        np.add.at(visits, at, 1)
-    return found | {"fisher, self": total / np.maximum(visits, 1)}
+    for metric in ("fisher", "plain"):
+        own = {row.example: row.score for row in analyzer.self_influence(metric=metric).rows}
+        found[f"{metric}, self"] = np.array([own[name] for name in ids])
+    return found
 
 
 def exact(

@@ -25,6 +25,7 @@ from trainer_attrib.analysis.recipes.recipe import Question, Recipe
 from trainer_attrib.analysis.recipes.tokens import token_scores
 from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.where import Where
+from trainer_attrib.analysis.self_influence import SelfInfluence, self_influence
 from trainer_attrib.analysis.suspects import DEFAULT_RECIPE, Suspects
 from trainer_attrib.analysis.verification import Removed, Verification, verify_removal
 from trainer_attrib.errors import ConfigurationError
@@ -90,6 +91,19 @@ class ExampleQuestions(Opened):
         carried = None if carry is None else CarriedQueries(question.lineage, behaviors, chosen, carry)
         asked = replace(question, carried=carried, where=where, keep=keep, candidates=candidates)
         return influences.influence(asked, recipe, controls)
+
+    def self_influence(self, stage: str | None = None, metric: str = "fisher") -> SelfInfluence:
+        """How much training on each example of a stage changed that very example, from its captured rows: mislabelled
+        and odd examples come first. No behavior and no data are needed.
+
+        Args:
+            stage: the last one by default.
+            metric: ``"fisher"``, in the metric of all rows' second moments, or ``"plain"``, the squared norm.
+
+        Raises:
+            ConfigurationError: another metric, or a stage without comparable rows.
+        """
+        return self_influence(self.lineage[-1] if stage is None else self._stage(stage), metric)
 
     def suspects(
         self,
