@@ -49,6 +49,12 @@ class TrainerRun:
         with self.undisturbed():
             self.rates: Sequence[Sequence[float]] = self._rates()
 
+    @property
+    def batch_size(self) -> int:
+        """See :attr:`~trainer_attrib.analysis.forecasting.run.Run.batch_size`."""
+        args = self.trainer.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps
+
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """See :meth:`~trainer_attrib.analysis.forecasting.run.Run.undisturbed`."""

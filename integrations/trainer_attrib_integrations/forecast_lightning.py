@@ -40,6 +40,11 @@ class FitRun:
         with self.undisturbed():
             self.rates: Sequence[Sequence[float]] = self._rates()
 
+    @property
+    def batch_size(self) -> int:
+        """See :attr:`~trainer_attrib.analysis.forecasting.run.Run.batch_size`."""
+        return (getattr(self._loader, "batch_size", None) or 1) * self._trainer.accumulate_grad_batches
+
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """See :meth:`~trainer_attrib.analysis.forecasting.run.Run.undisturbed`."""

@@ -33,14 +33,22 @@ RATES = [[0.03 * (STEPS - step) / STEPS] for step in range(STEPS)]
 class PlainRun:
     """A loop that has not begun, over examples in their own order."""
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], x_NI: Tensor, make: Callable, **settings: Any):
+    def __init__(
+        self, model: nn.Module, loss: Callable[..., Tensor], x_NI: Tensor, make: Callable, size: int = BATCH,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        self.size = size
         self._loss, self.x_NI, self._weights_N = loss, x_NI, torch.ones(len(x_NI))
-        numbers = torch.arange(len(x_NI)).split(BATCH)
+        numbers = torch.arange(len(x_NI)).split(size)
         self.steps = Loop(model, self._weighted, numbers, make, len(RATES), **settings)
         self.rates: Sequence[Sequence[float]] = RATES
 
     def _weighted(self, model: nn.Module, numbers: Tensor) -> Tensor:
         return (self._weights_N[numbers] * self._loss(model, self.x_NI[numbers])).mean()
+
+    @property
+    def batch_size(self) -> int:
+        return self.size
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -196,6 +204,20 @@ def test_contributions_add_up_to_the_straight_line() -> None:
         assert top[0].text == f"row {top[0].example}"
         assert told.top("first output", 1, against=True)[0].contribution == told.of("first output").min()
         assert told.to_table().num_rows == 72
+
+
+def test_contributions_where_training_clips() -> None:
+    """One example at a time the factors are exact; in batches an example with a huge gradient shrinks its own step."""
+    x_NI = examples()[: len(RATES)].clone()
+    x_NI[5] *= 40
+    torch.manual_seed(2)
+    for size, rel in ((1, 1e-6), (3, 0.25)):
+        rows = x_NI if size == 1 else torch.cat([x_NI, examples(4, 24)])
+        run = PlainRun(nn.Linear(4, 2), curved, rows, sgd, size=size, max_norm=0.3)
+        found = forecast(run, [first_output()], "gradient")
+        told = found.contributions()
+        assert told.of("first output").sum() == pytest.approx(found.rows[0].predicted, rel=rel)
+        assert abs(told.of("first output")[5]) < 5 * np.abs(told.of("first output")).mean()
 
 
 def test_a_share_of_the_batches_costs_as_much_and_widens_the_bar() -> None:

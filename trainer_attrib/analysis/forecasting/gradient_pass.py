@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -16,8 +17,32 @@ from trainer_attrib.analysis.programs import Step
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.tap.names import parameters_by_name
 
-KEPT = 4
+KEPT, CLIPPED = 4, 1 - 1e-4
 """Batches that are remembered to see how their loss would fall."""
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """By what clipping to a norm shrinks gradients.
+
+    Args:
+        bound: of the norm; infinite where nothing was clipped.
+        typical: median of the squared norms of steps' gradients before clipping.
+    """
+
+    bound: float
+    typical: float
+
+    def of_examples(self, squares_N: Tensor, batch_size: int) -> Tensor:
+        """Factors [N] by which the gradients of steps that hold each example are expected to shrink: with B examples in
+        a step, its squared norm is |g|^2 / B^2 of the example itself and (1 - 1 / B) of what is typical.
+
+        Args:
+            squares_N: squared norms of the examples' own gradients, float64.
+            batch_size: B.
+        """
+        expected_N = squares_N / batch_size**2 + (1 - 1 / batch_size) * self.typical
+        return (self.bound / expected_N.clamp(min=1e-300).sqrt()).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
@@ -32,7 +57,7 @@ class GradientPass:
         square: mean of their squares.
         epsilon: of an optimizer of Adam's kind, else None.
         rates: sum over steps of the learning rate of each weight's group.
-        clipped: mean factor by which clipping shrank a gradient.
+        clipping: what clipping did to the gradients of steps.
         share: of the run's batches that were differentiated.
         sample: a few of them.
         sample_loss: the sum of their losses.
@@ -45,7 +70,7 @@ class GradientPass:
     square: Displacement
     epsilon: float | None
     rates: Mapping[str, float]
-    clipped: float
+    clipping: Shrinking
     share: float
     sample: tuple[Step, ...] = field(repr=False)
     sample_loss: float
@@ -83,12 +108,15 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
     places = parameters_by_name(run.steps.model)
     names = {id(place): name for name, place in places.items()}
     main, even, odd = (Arm(run.steps.optimizer(), names) for _ in range(3))
-    sums, sampled = _Sums(), _Sums()
+    sums, sampled, squares, bound = _Sums(), _Sums(), list[float](), float("inf")
     windows = list(_windows(len(run.rates), max(1, round(1 / share))))
     sample, every = [], max(1, len(windows) // KEPT)
     for number, (window, step) in enumerate(_batches(run, windows)):
-        gradients, loss, factor = _gradients(run, step, places)
-        sums.add(gradients, loss, factor)
+        gradients, loss, norms = _gradients(run, step, places)
+        factor = norms[1] / norms[0] if norms[0] > 0 else 1.0
+        sums.add(gradients, loss)
+        squares.append(norms[0] ** 2)
+        bound = norms[1] if factor < CLIPPED else bound
         rates = [run.rates[i] for i in window]
         main.step(gradients, rates)
         both = [run.rates[i] for pair in windows[number : number + 2] for i in pair]
@@ -96,7 +124,7 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         (odd if number % 2 else even).step(gradients, [*before, *both])
         if number % every == 0 and len(sample) < KEPT:
             sample.append(step)
-            sampled.add({name: gradient / factor for name, gradient in gradients.items()}, loss, factor)
+            sampled.add({name: gradient / factor for name, gradient in gradients.items()}, loss)
     optimizer = run.steps.optimizer()
     return GradientPass(
         moved=main.end(),
@@ -105,7 +133,7 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         square=sums.square(),
         epsilon=adam_epsilon(optimizer),
         rates=_sum_of_rates(run, optimizer, names),
-        clipped=sums.clipped / sums.count,
+        clipping=Shrinking(bound, statistics.median(squares)),
         share=len(windows) / len(run.rates),
         sample=tuple(sample),
         sample_loss=sampled.loss,
@@ -137,8 +165,10 @@ def _batches(run: Run, windows: list[range]) -> Iterator[tuple[range, Step]]:
             pass
 
 
-def _gradients(run: Run, step: Step, places: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float, float]:
-    """Of one step's batch as the optimizer would see it, its loss, and by what clipping shrank the gradients."""
+def _gradients(
+    run: Run, step: Step, places: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], float, tuple[float, float]]:
+    """Of one step's batch as the optimizer would see it, its loss, and the norm before and after clipping."""
     model = run.steps.model
     model.zero_grad(set_to_none=True)
     total = 0.0
@@ -157,7 +187,7 @@ def _gradients(run: Run, step: Step, places: Mapping[str, Tensor]) -> tuple[dict
         )
     found = {name: place.grad.detach().clone() for name, place in places.items() if place.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found, total, after / before if before > 0 else 1.0
+    return found, total, (before, after)
 
 
 def _norm(places: Mapping[str, Tensor]) -> float:
@@ -177,12 +207,12 @@ class _Sums:
     """Running sums of gradients and of their squares, float32 where the gradients are."""
 
     def __init__(self) -> None:
-        self.count, self.clipped, self.loss = 0, 0.0, 0.0
+        self.count, self.loss = 0, 0.0
         self._first: dict[str, Tensor] = {}
         self._second: dict[str, Tensor] = {}
 
-    def add(self, gradients: Mapping[str, Tensor], loss: float, factor: float) -> None:
-        self.count, self.clipped, self.loss = self.count + 1, self.clipped + factor, self.loss + loss
+    def add(self, gradients: Mapping[str, Tensor], loss: float) -> None:
+        self.count, self.loss = self.count + 1, self.loss + loss
         for name, gradient in gradients.items():
             if name not in self._first:
                 self._first[name], self._second[name] = torch.zeros_like(gradient), torch.zeros_like(gradient)

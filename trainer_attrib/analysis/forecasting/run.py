@@ -50,6 +50,11 @@ class Run(Protocol):
         """Learning rates: one list per optimizer step, one rate per parameter group."""
         ...
 
+    @property
+    def batch_size(self) -> int:
+        """Examples of an optimizer step."""
+        ...
+
     def undisturbed(self) -> AbstractContextManager[None]:
         """Whatever is done inside the block, the run is afterwards as it was: weights, gradients, random numbers, the
         trainer's own notes."""
