@@ -22,10 +22,12 @@ from trainer_attrib.analysis.forecasting.run import Run
 from trainer_attrib.analysis.training_state import fingerprint_of
 from trainer_attrib.errors import ConfigurationError
 
-COVERED, FEW, OTHER = 1.28, 1.9, 0.5
-"""What an error bar, which is to hold four out of five true values, is made of: standard errors over queries and
-samples; those of two halves of the batches, whose scale is poorly known; and a part of the disagreement with a
-predictor of another kind. The last two were chosen on seed 0 of benchmarks/forecast.py; its other seeds test them."""
+COVERED, FEW = 1.28, 1.9
+"""Standard errors in an error bar, which is to hold four out of five true values: those over queries and samples, and
+those of two halves of the batches, whose scale is poorly known."""
+FROZEN = {"lazy": 0.1, "moderate": 0.1, "strong": 0.25, "unknown": 0.25}
+"""What frozen gradients may be wrong by, as a share of the prediction, beside the disagreement with a predictor of
+another kind: chosen on seed 0 of benchmarks/forecast.py, whose other seeds test it."""
 METHODS: dict[str, Predictor] = {
     method.name: method
     for method in (Frozen(), Warm(), Linearised(), LookAhead(), GradientDot(), Counts(), Projection())
@@ -157,9 +159,10 @@ def forecast(
 ) -> Forecast:
     """Predict what a run would change about behaviors. The run and its model are left as they are.
 
-    The error bar holds the standard error over queries and samples, that of the batches not looked at, and a part of
-    the disagreement with a predictor of another kind (``warm``). The noise floor is the shift by what the batches do
-    not agree on, half of them against the other half, and the standard error over queries and samples.
+    The error bar holds the standard error over queries and samples, that of the batches not looked at, the disagreement
+    with a predictor of another kind (``warm``), and a share of the prediction that grows with the regime. The noise
+    floor is the shift by what the batches do not agree on, half of them against the other half, and the standard error
+    over queries and samples.
 
     Args:
         run: that has not begun.
@@ -194,8 +197,11 @@ def _rows(view: View, method: Predictor, found: Prediction, noise: Sequence[floa
     facts = zip(view.behaviors, view.readings.means(), found.changes, others, noise, strict=True)
     left_out = (1 - found.cost) ** 0.5 if found.cost < 1 else 0.0  # of a finite population
     for behavior, before, reading, other, batches in facts:
-        apart = (1.0 if reading.how == "linear" else OTHER) * (reading.change - other)
-        bar = ((COVERED * reading.standard_error) ** 2 + (FEW * left_out * batches) ** 2 + apart**2) ** 0.5
+        parts = (
+            COVERED * reading.standard_error, FEW * left_out * batches, reading.change - other,
+            FROZEN[regime] * reading.change,
+        )  # fmt: skip
+        bar = sum(part * part for part in parts) ** 0.5
         floor = (batches**2 + (COVERED * reading.standard_error) ** 2) ** 0.5
         linear = reading.change if reading.how == "linear" else float("nan")
         rows.append(
