@@ -51,9 +51,9 @@ class GradientPass:
 
     Args:
         moved: where frozen gradients lead the optimizer.
-        noise: half the difference between where every other batch alone would lead it, standing for all, and where the
-            remaining ones would: what the batches do not agree on, of the size of the error of their mean.
         mean: of the gradients over batches, after clipping.
+        apart: half the difference between the mean over every other batch and that over the remaining ones: what the
+            batches do not agree on, of the size of the error of their mean.
         square: mean of their squares.
         epsilon: of an optimizer of Adam's kind, else None.
         rates: sum over steps of the learning rate of each weight's group.
@@ -65,8 +65,8 @@ class GradientPass:
     """
 
     moved: Displacement
-    noise: Displacement
     mean: Displacement
+    apart: Displacement
     square: Displacement
     epsilon: float | None
     rates: Mapping[str, float]
@@ -91,8 +91,16 @@ class GradientPass:
     @property
     def warm(self) -> Displacement:
         """The jump of an optimizer whose moments are warm from the beginning: minus metric times mean gradient."""
+        return self._jump(self.mean)
+
+    @property
+    def noise(self) -> Displacement:
+        """The same jump along what the batches do not agree on."""
+        return self._jump(self.apart)
+
+    def _jump(self, gradients: Displacement) -> Displacement:
         metric = self.metric
-        return {name: -metric[name] * gradient for name, gradient in self.mean.items()}
+        return {name: -metric[name] * gradient for name, gradient in gradients.items()}
 
 
 def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
@@ -107,7 +115,7 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         raise ConfigurationError(f"share={share}", fix="pass the part of the batches to differentiate, in (0, 1].")
     places = parameters_by_name(run.steps.model)
     names = {id(place): name for name, place in places.items()}
-    main, even, odd = (Arm(run.steps.optimizer(), names) for _ in range(3))
+    arm = Arm(run.steps.optimizer(), names)
     sums, sampled, squares, bound = _Sums(), _Sums(), list[float](), float("inf")
     windows = list(_windows(len(run.rates), max(1, round(1 / share))))
     sample, every = [], max(1, len(windows) // KEPT)
@@ -117,19 +125,15 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         sums.add(gradients, loss)
         squares.append(norms[0] ** 2)
         bound = norms[1] if factor < CLIPPED else bound
-        rates = [run.rates[i] for i in window]
-        main.step(gradients, rates)
-        both = [run.rates[i] for pair in windows[number : number + 2] for i in pair]
-        before = [] if number != 1 else [run.rates[i] for i in windows[0]]
-        (odd if number % 2 else even).step(gradients, [*before, *both])
+        arm.step(gradients, [run.rates[i] for i in window])
         if number % every == 0 and len(sample) < KEPT:
             sample.append(step)
             sampled.add({name: gradient / factor for name, gradient in gradients.items()}, loss)
     optimizer = run.steps.optimizer()
     return GradientPass(
-        moved=main.end(),
-        noise=_half_the_difference(even.end(), odd.end()) if len(windows) > 1 else {},
+        moved=arm.end(),
         mean=sums.mean(),
+        apart=sums.apart(),
         square=sums.square(),
         epsilon=adam_epsilon(optimizer),
         rates=_sum_of_rates(run, optimizer, names),
@@ -139,10 +143,6 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         sample_loss=sampled.loss,
         sample_slope={name: gradient * sampled.count for name, gradient in sampled.mean().items()},
     )
-
-
-def _half_the_difference(one: Displacement, other: Displacement) -> Displacement:
-    return {name: (change - other[name]).mul_(0.5) for name, change in one.items()}
 
 
 def _windows(steps: int, every: int) -> Iterator[range]:
@@ -204,23 +204,39 @@ def _sum_of_rates(run: Run, optimizer: torch.optim.Optimizer, names: Mapping[int
 
 
 class _Sums:
-    """Running sums of gradients and of their squares, float32 where the gradients are."""
+    """Running sums of gradients, of every other one and of the remaining ones, and of their squares; float32 where the
+    gradients are."""
 
     def __init__(self) -> None:
         self.count, self.loss = 0, 0.0
-        self._first: dict[str, Tensor] = {}
-        self._second: dict[str, Tensor] = {}
+        self._halves: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._squares: dict[str, Tensor] = {}
 
     def add(self, gradients: Mapping[str, Tensor], loss: float) -> None:
+        half = self._halves[self.count % 2]
         self.count, self.loss = self.count + 1, self.loss + loss
         for name, gradient in gradients.items():
-            if name not in self._first:
-                self._first[name], self._second[name] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-            self._first[name] += gradient
-            self._second[name].addcmul_(gradient, gradient)
+            if name not in self._squares:
+                self._squares[name] = torch.zeros_like(gradient)
+            self._squares[name].addcmul_(gradient, gradient)
+            half[name] = half[name].add_(gradient) if name in half else gradient.clone()
 
     def mean(self) -> Displacement:
-        return {name: total.cpu() / self.count for name, total in self._first.items()}
+        pairs = ((name, self._of(name)) for name in self._squares)
+        return {name: (even + odd) / self.count for name, (even, odd) in pairs}
+
+    def apart(self) -> Displacement:
+        """Half the difference of the two halves' means; nothing of one batch alone."""
+        if self.count < 2:
+            return {}
+        counts = (self.count + 1) // 2, self.count // 2
+        pairs = ((name, self._of(name)) for name in self._squares)
+        return {name: (even / counts[0] - odd / counts[1]) / 2 for name, (even, odd) in pairs}
 
     def square(self) -> Displacement:
-        return {name: total.cpu() / self.count for name, total in self._second.items()}
+        return {name: total.cpu() / self.count for name, total in self._squares.items()}
+
+    def _of(self, name: str) -> tuple[Tensor, Tensor]:
+        even, odd = (half.get(name) for half in self._halves)
+        zero = torch.zeros_like(self._squares[name])
+        return (zero if even is None else even).cpu(), (zero if odd is None else odd).cpu()
