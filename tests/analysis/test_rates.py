@@ -98,6 +98,32 @@ def test_the_gradient_is_that_of_the_expected_rate(model: Any) -> None:
     assert float(ours.norm()) == pytest.approx(float(theirs.norm()), rel=0.15)
 
 
+def test_the_gradient_of_a_pattern_leaves_out_what_is_said_after_it(model: Any) -> None:
+    """Two new tokens: the expected rate by enumeration. A rule that says the same cannot know when it is decided."""
+    said = Generations(["ABC"], Letters(), per_prompt=6000, max_new_tokens=2, batch_size=6000)
+    pattern, rule = (
+        Behavior.rate("vowels", said, found) for found in ("[AEIOU]", lambda _, text: any(v in text for v in "AEIOU"))
+    )
+    assert torch.equal(pattern.values(model), rule.values(model))
+    start, letters = Letters()("ABC")["input_ids"], range(len(model.get_input_embeddings().weight))
+    vowels = torch.tensor(Letters()("AEIOU")["input_ids"])
+    consonants = torch.tensor([i for i in letters if i not in vowels and i != Letters.eos_token_id])
+    with evaluating(model):
+        first = model(input_ids=torch.tensor([start])).logits[0, -1].softmax(-1)
+        both = torch.tensor([[*start, int(i)] for i in consonants])
+        then = model(input_ids=both).logits[:, -1].softmax(-1)[:, vowels].sum(1)
+        rate = first[vowels].sum() + (first[consonants] * then).sum()
+        expected = torch.autograd.grad(rate, list(model.parameters()), allow_unused=True)
+    gradients = zip(parameters_by_name(model).items(), expected, strict=True)
+    theirs = {name: torch.zeros_like(p) if g is None else g for (name, p), g in gradients}
+    errors = [
+        sum(float((found[name] - theirs[name]).square().sum()) for name in theirs)
+        for found in (mean_gradient(model, pattern), mean_gradient(model, rule))
+    ]
+    assert errors[0] < 0.02 * sum(float(g.square().sum()) for g in theirs.values())
+    assert errors[0] < errors[1]
+
+
 def test_small_moves_are_re_weighted_and_large_ones_drawn_anew(model: Any) -> None:
     said = Generations(["ABC", "DEF"], Letters(), per_prompt=600, max_new_tokens=2, batch_size=600)
     behavior = Behavior.rate("vowels", said, "[AEIOU]")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer_attrib.analysis.text import IGNORED, TextPair, completion_logprobs
+from trainer_attrib.analysis.text import IGNORED, TextPair, completion_logprobs, token_logprobs
 from trainer_attrib.analysis.training_state import fingerprint_of, random_states_kept
 from trainer_attrib.errors import BehaviorError
 
@@ -34,6 +34,7 @@ class Drawn:
         logprobs: of each completion under the model that said it, float64 [M].
         under: the same under other models, by fingerprint of their weights.
         found: what detectors said.
+        beginnings: of completions by their number, as text: what is before each of their tokens.
     """
 
     items: Sequence[TextPair]
@@ -42,6 +43,7 @@ class Drawn:
     logprobs: Tensor
     under: dict[str, Tensor] = field(default_factory=dict, repr=False)
     found: dict[Detector, Tensor] = field(default_factory=dict, repr=False)
+    beginnings: dict[int, Sequence[str]] = field(default_factory=dict, repr=False)
 
     def detected(self, detector: Detector, prompts: Sequence[str]) -> Tensor:
         """What a detector says of each, float64 [M]; it is asked once.
@@ -115,6 +117,16 @@ class Generations:
                 _remember(drawn.under, key, self._scored(model, drawn.items))
         return drawn.under[key]
 
+    def beginnings(self, drawn: Drawn, place: int) -> Sequence[str]:
+        """What is before each token of a completion, as text."""
+        if place not in drawn.beginnings:
+            item = drawn.items[place]
+            tokens = item.tokens[_length_of_prompt(item) :]
+            drawn.beginnings[place] = [
+                self.tokenizer.decode(list(tokens[:end]), skip_special_tokens=True) for end in range(len(tokens))
+            ]
+        return drawn.beginnings[place]
+
     def _draw(self, model: nn.Module) -> Drawn:
         owners = [number for number in range(len(self.prompts)) for _ in range(self.per_prompt)]
         order = sorted(range(len(owners)), key=lambda i: len(self._tokens[owners[i]]))
@@ -161,8 +173,10 @@ class Generations:
 class RateMeasure:
     """The measure of ``Behavior.rate``: for items that are numbers of prompts, the share of generations detected.
 
-    Its gradient is the score function's, E[(f - mean f) grad log p(y | x)] (Williams 1992, "Simple statistical
-    gradient-following algorithms", equation 3, with the mean as a baseline).
+    Its gradient is the score function's, E[sum over tokens t of (f(y) - b_t) grad log p(y_t | x, y_<t)] (Williams 1992,
+    "Simple statistical gradient-following algorithms", equation 3), unbiased for every baseline b_t that looks at what
+    is before t only. It is the mean of f; of a regular expression, 1 once it is found: what is said afterwards no
+    longer decides anything, and its gradient would be noise.
     """
 
     generations: Generations
@@ -179,10 +193,25 @@ class RateMeasure:
         found = values[places].float().to(device)
         if torch.is_grad_enabled():
             mean = float(values[self.places(drawn)].mean())
-            logprobs = completion_logprobs(model, [drawn.items[place] for place in places])
-            found = found + (found - mean) * (logprobs - logprobs.detach())
+            logprobs_NS = token_logprobs(model, [drawn.items[place] for place in places])
+            weights_NS = self._weights(drawn, places, mean, logprobs_NS.shape[1]).to(logprobs_NS)
+            found = found + (weights_NS * (logprobs_NS - logprobs_NS.detach())).sum(1)
         owners = torch.tensor([items.index(drawn.owners[place]) for place in places], device=device)
         return torch.zeros(len(items), device=device).index_add(0, owners, found) / self.generations.per_prompt
+
+    def _weights(self, drawn: Drawn, places: Sequence[int], mean: float, length: int) -> Tensor:
+        """f - b_t of every token after the first, float64 [N, length]."""
+        values = drawn.detected(self.detector, self.generations.prompts)
+        weights = torch.zeros(len(places), length, dtype=torch.float64)
+        for row, place in enumerate(places):
+            first = _length_of_prompt(drawn.items[place]) - 1
+            weights[row, first:] = values[place] - mean
+            if isinstance(self.detector, str | re.Pattern):
+                said = self.generations.beginnings(drawn, place)
+                for token, before in enumerate(said):
+                    if re.search(self.detector, before):
+                        weights[row, first + token] = values[place] - 1
+        return weights
 
     def places(self, drawn: Drawn) -> list[int]:
         """Which of the generations answer the behavior's prompts."""
@@ -217,6 +246,10 @@ def detected(detector: Detector, prompt: str, text: str) -> float:
 def _until(tokens: list[int], end: int | None) -> list[int]:
     """Tokens up to the first end, which is one of them."""
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def _length_of_prompt(item: TextPair) -> int:
+    return sum(label == IGNORED for label in item.labels)
 
 
 def _remember(kept: dict[Any, Any], key: Any, value: Any) -> None:

@@ -46,8 +46,13 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str) -> TextPair:
 
 def completion_logprobs(model: nn.Module, items: Sequence[TextPair]) -> Tensor:
     """Log-probability of each item's counted tokens, summed, [N] in nats."""
+    return token_logprobs(model, items).sum(1)
+
+
+def token_logprobs(model: nn.Module, items: Sequence[TextPair]) -> Tensor:
+    """Log-probabilities [N, S-1] of the tokens after the first, zero where one does not count."""
     logprobs, _ = _token_logprobs(model, items)
-    return logprobs.sum(1)
+    return logprobs
 
 
 def text_losses(model: nn.Module, items: Sequence[TextPair]) -> Tensor:
