@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trainer_attrib"
 SHELLS = ROOT / "integrations" / "trainer_attrib_integrations"
 FLOORS = {
-    "version": 0, "errors": 0, "types": 0,
+    "version": 0, "errors": 0, "types": 0, "progress": 0,
     "numerics": 1,
     "ledger": 2, "tap": 2, "report": 2,
     "capture": 3, "analysis": 3, "evaluation": 3,
-    "testing": 4, "integrations": 4,
+    "testing": 4, "integrations": 4, "explorer": 4,
     "cli": 5, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "lightning", "pytorch_lightning", "datasets"}

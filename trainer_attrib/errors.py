@@ -13,6 +13,7 @@
     │   └── ModelMismatchError    the ledger was recorded from another model
     ├── CaptureError
     │   └── UnsupportedLayerError nothing to capture: no trainable module of a known layer type
+    ├── CancelledError            whoever watched asked a long piece of work to stop
     └── AnalysisError
         ├── BehaviorError         a behavior that cannot be measured
         ├── NotComparableError    a stage trained weights that cannot be expressed in the model's
@@ -37,6 +38,10 @@ class TrainerAttribError(Exception):
 
 class ConfigurationError(TrainerAttribError, ValueError):
     """A setting that cannot work."""
+
+
+class CancelledError(TrainerAttribError):
+    """Whoever watched asked a long piece of work to stop. What was stored until then stays."""
 
 
 class MissingExtraError(TrainerAttribError, ImportError):

@@ -14,7 +14,7 @@ import pyarrow as pa
 from trainer_attrib.analysis.beside import Beside, said
 from trainer_attrib.analysis.results import Result
 from trainer_attrib.analysis.retrieval.groups import StageSums, group_grids, source_rows, step_rows
-from trainer_attrib.analysis.tables import aligned, require_matplotlib, shortened
+from trainer_attrib.analysis.tables import aligned, cut, require_matplotlib, shortened
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.numerics.scores import rank
 from trainer_attrib.report.blocks import Block, Example, Grid, Notes, Ranking, Rankings
@@ -76,6 +76,37 @@ class Influence(Result):
     places: np.ndarray | None = None
     keep: int | None = None
     sums: tuple[StageSums, ...] = ()
+    kind = "influence"
+
+    def shown(self, k: int = 100) -> dict[str, Any]:
+        """Both ends of every ranking, sums by step and source, what controls rank first."""
+        k = k if self.keep is None else min(k, self.keep)
+        steps, sources = (_by_query(table) for table in (self.by_steps(20), self.by_source()))
+        queries = [
+            {"behavior": self.behaviors[q], "query": self.queries[q], "top": self._shown_rows(q, k, largest=True),
+             "bottom": self._shown_rows(q, k, largest=False),
+             "steps": steps.get((self.behaviors[q], self.queries[q]), []),
+             "sources": sources.get((self.behaviors[q], self.queries[q]), [])}
+            for q in range(len(self.queries))
+        ]  # fmt: skip
+        beside = [
+            {"name": b.name, "shared": b.mean, "standard_error": b.standard_error, "k": b.top.shape[1],
+             "first": [self._shown(int(at)) for at in b.top[:, 0]]}
+            for b in self.beside
+        ]  # fmt: skip
+        return {"recipe": self.recipe, "examples": len(self.examples), "kept": k, "queries": queries, "beside": beside,
+                "caveats": list(self.caveats)}  # fmt: skip
+
+    def all_scores(self) -> pa.Table | None:
+        """See :meth:`trainer_attrib.analysis.results.Result.all_scores`; None where only the ends are known."""
+        if self.places is not None:
+            return None
+        columns: dict[str, Any] = {
+            "stage": pa.array(self.examples.stages.astype(str)).dictionary_encode(),
+            "example": pa.array(self.examples.ids.astype(str)),
+            "step": pa.array(self.examples.steps.astype(np.int64)),
+        }
+        return pa.table(columns | {f"query {q}": row for q, row in enumerate(self.scores)})
 
     def top(self, k: int = 10) -> pa.Table:
         """The k examples that increased each behavior most, best first.
@@ -227,6 +258,15 @@ class Influence(Result):
         found = self._order(query, k, largest=largest)
         return found if self.places is None else self.places[query][found]
 
+    def _shown_rows(self, query: int, k: int, *, largest: bool) -> list[dict[str, Any]]:
+        found = []
+        for place, at in enumerate(self._order(query, k, largest=largest)):
+            row = self._row(query, place, int(at))
+            told = {name: row[name] for name in ("stage", "example", "step", "source", "score")}
+            tokens = [[piece, round(score, 6)] for piece, score in self._tokens(query, int(at))]
+            found.append(told | {"text": cut(row["text"] or "")} | ({"tokens": tokens} if tokens else {}))
+        return found
+
     def _known(self, k: int) -> int:
         if self.keep is not None and k > self.keep:
             raise ConfigurationError(
@@ -286,3 +326,10 @@ class Influence(Result):
     def _tokens(self, query: int, at: int) -> list[tuple[str, float]]:
         found = self.tokens.get((query, at if self.places is None else int(self.places[query, at])))
         return [] if found is None else list(zip(found.pieces, found.scores.tolist(), strict=True))
+
+
+def _by_query(table: pa.Table) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        found.setdefault((row.pop("behavior"), row.pop("query")), []).append(row)
+    return found

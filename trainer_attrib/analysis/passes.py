@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.examples import Examples
@@ -23,6 +22,7 @@ from trainer_attrib.ledger.passes import PassFiles
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.ledger.schema import EXAMPLES, ROWS
 from trainer_attrib.numerics.sketching import unit_rows
+from trainer_attrib.progress import Bar
 from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.projections import Projections
 
@@ -86,7 +86,7 @@ def _fill(
     kept = max(1, PART_BYTES // (4 * whole.width) // examples.batch_size) * examples.batch_size
     with (
         GradientRows(view.model, projections).opened() as rows,
-        tqdm(total=len(order), desc=f"rows of {stage.name}", leave=False, disable=None) as bar,
+        Bar(f"rows of {stage.name}", len(order)) as bar,
     ):
         for first in range(0, len(order), kept):
             positions = order[first : first + kept]

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from trainer_attrib.analysis.tables import aligned, require_matplotlib
-from trainer_attrib.report.blocks import Bar, Bars, Block, Grid, Notes
+from trainer_attrib.report.blocks import Bar, Bars, Block, Grid, Notes, plain
 from trainer_attrib.report.page import fragment, write_page
 
 RELIABLE = 0.5  # an effect is called reliable while its error bar is at most this share of it
@@ -58,6 +58,16 @@ class Result:
     """What every result can do."""
 
     caveats: tuple[str, ...]
+    kind = "blocks"
+    """How the explorer draws it."""
+
+    def shown(self) -> dict[str, Any]:
+        """JSON-ready, whole enough for a page to be drawn from it; ``kind`` says what is in it."""
+        return {"name": type(self).__name__, "blocks": [plain(block) for block in self.blocks()]}
+
+    def all_scores(self) -> pa.Table | None:
+        """Scores of all examples, for whoever filters them: stage, example, step, then one column per query."""
+        return None
 
     def blocks(self) -> list[Block]:
         """The result as blocks of a page."""
@@ -78,6 +88,11 @@ class StageEffects(Result):
     rows: tuple[Effect, ...]
     caveats: tuple[str, ...] = ()
     interactions: tuple[Interaction, ...] = ()
+    kind = "stage_effects"
+
+    def shown(self) -> dict[str, Any]:
+        """As :meth:`to_dict`, and the means over the queries."""
+        return {**self.to_dict(), "means": [asdict(row) for row in self.summary()]}
 
     def to_table(self) -> pa.Table:
         """Columns behavior, query, stage, method, read_out, effect, error_bar, reliable, cost."""

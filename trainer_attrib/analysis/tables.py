@@ -28,6 +28,11 @@ def shortened(text: str, most: int = 100) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def cut(text: str, most: int = 20_000) -> str:
+    """A text as it is, without what is beyond so many characters."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)"
+
+
 def require_matplotlib() -> Any:
     """``matplotlib.pyplot``.
 

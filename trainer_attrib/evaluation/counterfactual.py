@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.errors import EvaluationError
 from trainer_attrib.evaluation.estimates import same_length
 from trainer_attrib.ledger.snapshots import load_tensors, save_tensors
 from trainer_attrib.ledger.storage import Storage, digest
+from trainer_attrib.progress import Bar
 
 Train = Callable[[np.ndarray, int], nn.Module]
 """(positions of the examples to train on, ascending; seed) -> the trained model. The same arguments give the same
@@ -89,7 +89,7 @@ class Retrained:
             raise self._untrained(left)
         there = {f"values/{name}" for name in self._storage.names("values")}
         result = np.empty((len(masks_MN), len(seeds), self.queries))
-        with tqdm(total=left, desc="retraining", leave=False, disable=None if left else True) as bar:
+        with Bar("retraining", left, silent=not left) as bar:
             for m, mask_N in enumerate(masks_MN):
                 for s, seed in enumerate(seeds):
                     name = self._file(mask_N, seed)

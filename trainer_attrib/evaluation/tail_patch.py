@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.behavior import Behavior, evaluating
 from trainer_attrib.analysis.examples import Examples
@@ -17,6 +16,7 @@ from trainer_attrib.analysis.training_state import random_states_kept, standing,
 from trainer_attrib.errors import EvaluationError
 from trainer_attrib.evaluation.estimates import Estimate, finite, mean_of, same_length
 from trainer_attrib.evaluation.retrieval import top
+from trainer_attrib.progress import progress
 from trainer_attrib.tap.names import parameters_by_name
 
 RANDOM = "random"
@@ -158,7 +158,7 @@ def _measure(
     with evaluating(model), random_states_kept(), standing(model, state_of(model)):
         start = {name: place.detach().clone() for name, place in places.items()}
         before = {query: _value(model, behavior, query) for query in range(len(behavior))}
-        for patch, queries in tqdm(wanted.items(), desc="tail-patch", leave=False, disable=None):
+        for patch, queries in progress(wanted.items(), "tail-patch"):
             gradients = _gradients(model, places, examples, patch)
             with torch.no_grad():
                 for name, gradient in gradients.items():

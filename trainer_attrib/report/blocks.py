@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,8 @@ class Rankings:
 
 
 Block = Notes | Grid | Bars | Curves | Rankings
+
+
+def plain(block: Block) -> dict[str, Any]:
+    """A block as JSON-ready data, ``block`` its kind."""
+    return {"block": type(block).__name__.lower(), **asdict(block)}

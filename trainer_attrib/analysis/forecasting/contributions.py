@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trainer_attrib.analysis.effects.slopes import inner
 from trainer_attrib.analysis.forecasting.prediction import View
 from trainer_attrib.analysis.forecasting.results import Contributions
+from trainer_attrib.progress import progress
 from trainer_attrib.tap.names import parameters_by_name
 
 APART = 0.2
@@ -41,7 +41,7 @@ def contributions(view: View, chosen: Sequence[int]) -> Contributions:
         for name, place in places.items()
     }
     values, squares = np.zeros((len(chosen), len(rows))), torch.zeros(len(rows), dtype=torch.float64)
-    for number in tqdm(range(len(rows)), desc="contributions", leave=False, disable=None):
+    for number in progress(range(len(rows)), "contributions"):
         found = torch.autograd.grad(view.run.example_loss(number), list(places.values()), allow_unused=True)
         pairs = zip(directions.values(), found, strict=True)
         dots = [_dots(direction, gradient) for direction, gradient in pairs if gradient is not None]

@@ -15,6 +15,7 @@ from trainer_attrib.analysis.forecasting.arms import Arm, adam_epsilon
 from trainer_attrib.analysis.forecasting.run import Run
 from trainer_attrib.analysis.programs import Step
 from trainer_attrib.errors import ConfigurationError
+from trainer_attrib.progress import progress
 from trainer_attrib.tap.names import parameters_by_name
 
 KEPT, CLIPPED = 4, 1 - 1e-4
@@ -119,7 +120,7 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
     sums, sampled, squares, bound = _Sums(), _Sums(), list[float](), float("inf")
     windows = list(_windows(len(run.rates), max(1, round(1 / share))))
     sample, every = [], max(1, len(windows) // KEPT)
-    for number, (window, step) in enumerate(_batches(run, windows)):
+    for number, (window, step) in enumerate(progress(_batches(run, windows), "gradients", len(windows))):
         gradients, loss, norms = _gradients(run, step, places)
         factor = norms[1] / norms[0] if norms[0] > 0 else 1.0
         sums.add(gradients, loss)

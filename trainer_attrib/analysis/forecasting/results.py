@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from trainer_attrib.analysis.forecasting.run import TrainingRow
 from trainer_attrib.analysis.results import RELIABLE, Result
-from trainer_attrib.analysis.tables import aligned, require_matplotlib
+from trainer_attrib.analysis.tables import aligned, cut, require_matplotlib
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.report.blocks import Bar, Bars, Block, Example, Grid, Notes, Ranking, Rankings
 
@@ -70,6 +70,20 @@ class Contributions(Result):
     rows: tuple[TrainingRow, ...]
     values: np.ndarray
     caveats: tuple[str, ...] = ()
+    kind = "contributions"
+
+    def shown(self, most: int = 5000) -> dict[str, Any]:
+        """Contributions of every example, or of the ``most`` strongest for any behavior, to six digits, with texts."""
+        strongest = np.abs(self.values / np.abs(self.values).max(1, keepdims=True).clip(1e-300)).max(0)
+        chosen = np.sort(np.argsort(-strongest, kind="stable")[:most])
+        rows = [self.rows[place] for place in chosen]
+        return {
+            "behaviors": list(self.behaviors), "examples": len(self.rows),
+            "sums": [float(row.sum()) for row in self.values],
+            "rows": [{"example": row.id, "source": row.source, "text": cut(row.text, 2000)} for row in rows],
+            "values": [[float(f"{v:.6g}") for v in row[chosen]] for row in self.values],
+            "by_source": {name: self.by_source(name) for name in self.behaviors}, "caveats": list(self.caveats),
+        }  # fmt: skip
 
     def of(self, behavior: str) -> np.ndarray:
         """Of one behavior, float64 [N].
@@ -164,6 +178,11 @@ class Shifts(Result):
 
     rows: tuple[Shift, ...]
     caveats: tuple[str, ...] = ()
+    kind = "forecast"
+
+    def shown(self) -> dict[str, Any]:
+        """As :meth:`to_dict`."""
+        return self.to_dict()
 
     def of(self, behavior: str) -> Shift:
         """The first method's prediction for a behavior.

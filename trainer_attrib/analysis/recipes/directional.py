@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
-from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.displacement import Displacement
@@ -19,6 +18,7 @@ from trainer_attrib.analysis.recipes.stage_states import StageState, missing_tra
 from trainer_attrib.analysis.training_state import random_states_kept, standing
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader
+from trainer_attrib.progress import progress
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Directional:
         scores_QN, inexact = np.zeros((question.queries, len(examples))), False
         for way in ways(question, stage, self.snapshots):
             slopes = Slopes(way.model, way.direction)
-            for positions in progress(examples, f"scoring {stage.name}, query {way.query + 1}"):
+            for positions in progress(examples.batches(), f"scoring {stage.name}, query {way.query + 1}"):
                 items = examples.items(positions)
                 scores_QN[way.query, positions] -= slopes(
                     lambda model, items=items: examples.loss(model, items)
@@ -106,11 +106,6 @@ def refuse_carried(question: Question, recipe: str) -> None:
             cause="it differentiates the behaviors at states of the scored stage itself.",
             fix="leave out `carry`, or use a recipe over captured rows such as 'trackstar'.",
         )
-
-
-def progress(examples: Examples, title: str) -> Iterator[list[int]]:
-    """Batches of positions, with a progress bar."""
-    yield from tqdm(examples.batches(), desc=title, leave=False, disable=None)
 
 
 def stage_caveats(question: Question, stage: StageReader) -> list[str]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.examples import Examples
@@ -25,6 +24,7 @@ from trainer_attrib.analysis.recipes.training_metric import TrainingMetric, trai
 from trainer_attrib.analysis.training_state import standing
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.numerics.curvature_fit import CurvatureFit
+from trainer_attrib.progress import progress
 from trainer_attrib.tap.names import modules_by_name
 from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.projections import Projections
@@ -102,7 +102,7 @@ class GaussNewton:
                     fit.add(record.sketches)
             damping = 1 + metric.decay if metric else None
             answers_QK = fit.respond(queries_QK, min(chosen, len(examples)), damping) / len(examples)
-            for positions in tqdm(examples.batches(), desc="scoring", leave=False, disable=None):
+            for positions in progress(examples.batches(), "scoring"):
                 found_QB = -answers_QK @ rows.of_losses(examples, positions).T
                 scores_QN[:, positions] = found_QB.float().cpu().numpy()
         return scores_QN

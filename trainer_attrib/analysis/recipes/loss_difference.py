@@ -10,10 +10,11 @@ from trainer_attrib.analysis.displacement import moved
 from trainer_attrib.analysis.effects.slopes import inner
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.forward_mode import difference, quiet
-from trainer_attrib.analysis.recipes.directional import Way, progress, refuse_carried, stage_caveats, ways
+from trainer_attrib.analysis.recipes.directional import Way, refuse_carried, stage_caveats, ways
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores, described
 from trainer_attrib.analysis.training_state import random_states_kept
 from trainer_attrib.ledger.reader import StageReader
+from trainer_attrib.progress import progress
 
 TRIALS, CLOSE = 8, 0.1
 """How often the size of a move is corrected, and by which share of the wanted change it may miss."""
@@ -60,7 +61,7 @@ class ContrastiveLossDifference:
                 continue  # no weight that the stage trained matters to this query
             for sign in (1, -1):
                 with moved(way.model, {n: sign * step * u for n, u in way.direction.items()}), quiet(way.model):
-                    for positions in progress(examples, f"scoring {stage.name}, query {way.query + 1}"):
+                    for positions in progress(examples.batches(), f"scoring {stage.name}, query {way.query + 1}"):
                         losses = examples.loss(way.model, examples.items(positions)).double().cpu().numpy()
                         scores_QN[way.query, positions] -= sign * losses / (2 * step)
         caveats = stage_caveats(question, stage)

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.query_sketches import kept_columns, missing_weights
@@ -24,6 +23,7 @@ from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import RowBlock, StageReader
 from trainer_attrib.numerics.sketching import unit_rows
+from trainer_attrib.progress import progress
 
 CHUNK_BYTES = 4 << 20  # of float32 rows at a time: what a cache holds is multiplied before it leaves it
 
@@ -121,7 +121,7 @@ class StreamedStage:
         passes = None if where is None else where.of_stage(self.reader.sources)
         blocks = self.reader.rows()
         total = self.reader.row_parts()
-        for block in tqdm(blocks, desc=f"{title} {self.reader.name}", total=total, leave=False, disable=None):
+        for block in progress(blocks, f"{title} {self.reader.name}", total):
             versions, complete = block.table["version"].to_numpy(), block.table["complete"].to_numpy()
             wanted = np.ones(len(versions), bool) if passes is None else passes(block.table)
             self._skip("some layers did not fire", int((wanted & ~complete).sum()))

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.replaying import replay
 from trainer_attrib.analysis.training_state import copy_model, random_states_kept, state_of
 from trainer_attrib.analysis.unrolled.trajectory import Trajectory
 from trainer_attrib.analysis.unrolled.unroll import StageDerivatives
+from trainer_attrib.progress import progress
 
 REACH = 0.3
 """Norm of a change of all weights; leaving out one example has 1. At this size the correlation was closest to that with
@@ -84,9 +84,7 @@ def smoothness(lineage: Lineage, found: StageDerivatives, replays: int, seed: in
     shape, draw = (replays, len(found.rows.ids)), np.random.default_rng(seed)
     changes_KN = draw.choice([-1.0, 1.0], shape) * REACH / shape[1] ** 0.5
     title = f"checking {found.stage.name}"
-    measured_KQ = np.stack(
-        [_queries_with(lineage, found, 1 + change) for change in tqdm(changes_KN, title, leave=False, disable=None)]
-    )
+    measured_KQ = np.stack([_queries_with(lineage, found, 1 + change) for change in progress(changes_KN, title)])
     agreed = correlation(changes_KN @ found.scores.T, measured_KQ)
     return Smoothness(found.stage.name, replays, agreed, kinks(lineage.model))
 

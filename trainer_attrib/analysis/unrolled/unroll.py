@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.slopes import gradients
@@ -20,6 +19,7 @@ from trainer_attrib.analysis.unrolled.trajectory import Trajectory
 from trainer_attrib.analysis.unrolled.update import Adjoint, wide
 from trainer_attrib.errors import NotComparableError
 from trainer_attrib.ledger.reader import StageReader
+from trainer_attrib.progress import progress
 from trainer_attrib.tap.names import parameters_by_name
 
 
@@ -110,7 +110,7 @@ def unroll(lineage: Lineage, stages: Sequence[StageReader], effort: Effort) -> l
             path.forward()
             scored = _derivatives(lineage, path, rows.get(stage.name), adjoint.queries)
             sweep = BackwardSweep(path, adjoint, scored.rows.sizes, effort.at_once)
-            for step in tqdm(sweep.run(), desc=f"unrolling {stage.name}", total=path.length, leave=False, disable=None):
+            for step in progress(sweep.run(), f"unrolling {stage.name}", path.length):
                 scored.add(step)
         scored.functions = sweep.functions or []
         adjoint = sweep.adjoint if path.carries else Adjoint(sweep.adjoint.weights)
