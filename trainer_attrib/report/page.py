@@ -36,11 +36,16 @@ def fragment(blocks: Sequence[Block]) -> str:
 
 def write_page(path: str | os.PathLike[str], title: str, blocks: Sequence[Block], subtitle: str = "") -> Path:
     """Write the page as a whole; an existing file is replaced only by a complete one."""
+    return write_text(path, page(title, blocks, subtitle))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a file as a whole; an existing one is replaced only by a complete one."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".html")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(page(title, blocks, subtitle))
+        file.write(text)
     os.chmod(temporary, 0o644)
     os.replace(temporary, target)
     return target
