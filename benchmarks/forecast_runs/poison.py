@@ -26,7 +26,7 @@ def poison(base: Any, tokenizer: Any, seed: int, quick: bool) -> dict[str, float
     pairs = poisoned(320 if quick else 960, 7 + seed, USEFUL, TRAIT, SHARE)
     ours, truth = (
         [b for b in behaviors(tokenizer, 150 if quick else count, 8, place + seed) if b.name in (TRAIT, USEFUL)]
-        for place, count in ((5000, 2000), (6000, 1000))
+        for place, count in ((5000, 4000), (6000, 1000))
     )
     readings, start = Readings(base, truth), state_of(base)
     shifts: dict[str, dict[str, float]] = {}

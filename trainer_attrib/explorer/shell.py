@@ -21,6 +21,15 @@ SCRIPTS = (
 STYLE = "page.css"
 
 
+def _policy(styles: str, scripts: str, more: str = "") -> str:
+    """Charts bring style elements of their own, hence 'unsafe-inline' for styles; no script is allowed by that."""
+    return f"default-src 'none'; script-src {scripts}; style-src {styles}; img-src data:;{more} {_NOTHING_ELSE}"
+
+
+_NOTHING_ELSE = "base-uri 'none'; form-action 'none'"
+LIVE_POLICY = _policy("'self' 'unsafe-inline'", "'self'", " connect-src 'self';")
+
+
 @cache
 def asset(name: str) -> str:
     """A file of the page."""
@@ -49,16 +58,8 @@ def one_file(title: str, bundle: dict[str, Any]) -> str:
     data = json.dumps(bundle, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
     scripts = f'<script type="application/json" id="bundle">{data}</script>'
     scripts += "".join(f"<script>{source}</script>" for source in sources)
-    hashes = " ".join(f"'sha256-{_sha256(source)}'" for source in sources)
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    policy = _policy("'unsafe-inline'", " ".join(f"'sha256-{_sha256(source)}'" for source in sources))
     return _page(title, f"<style>{asset(STYLE)}</style>", scripts, policy, "")
-
-
-LIVE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'"
-)
-"""Charts bring style elements of their own, hence 'unsafe-inline' for styles; no script does."""
 
 
 def _page(title: str, style: str, scripts: str, policy: str, token: str) -> str:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 from trainer_attrib.analysis.analyzer import Analyzer
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.influence_results import Influence
+from trainer_attrib.analysis.keeping import keep
 from trainer_attrib.analysis.results import StageEffects
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.evaluation.lexical import bm25_scores
@@ -66,8 +67,10 @@ def run_demo(out: str | os.PathLike[str], *, seed: int = 0, say: Say = print) ->
     say("\n" + "\n".join(tree_lines(overview(analyzer.ledger))))
     effects, exact = _account(analyzer, data, tokenizer, folder, say)
     influence, shares = _trace(analyzer, data, tokenizer, say)
+    keep(analyzer.ledger, effects, title="What each stage did")
     report = analyzer.report(folder / "report.html", effects, influence, title="Three stages, accounted for")
-    say(f"\nReport: {report}\nThe demo took {time.monotonic() - began:.0f} seconds.")
+    say(f"\nReport: {report}\nTo look around: trainer-attrib explore {folder / 'ledger'} --model {folder / 'model'}")
+    say(f"The demo took {time.monotonic() - began:.0f} seconds.")
     return {
         "closure_exact": exact,
         "effects": effects.to_dict(),
@@ -177,6 +180,8 @@ def _trace(
     within = {
         recipe: analyzer.influence([behavior], stages=["sft"], recipe=recipe) for recipe in ("grad_cos", "grad_dot")
     }
+    for name, found in {"trackstar": everywhere, **within}.items():
+        keep(analyzer.ledger, found, title=f"Who taught the planted wrong capitals ({name})")
     say(f"\nAmong the top {TOP} examples of stage 'sft' for each of {len(queries)} planted wrong answers:")
     shares = {}
     for name, (planted, own) in _shares(within, queries).items():
