@@ -36,6 +36,7 @@ from trainer_attrib_integrations.demo.facts import (
     style_queries,
 )
 from trainer_attrib_integrations.demo.stages import build_tokenizer, initial_model, programs
+from trainer_attrib_integrations.forecast_huggingface import forecast
 from trainer_attrib_integrations.huggingface import AttributionCallback
 
 Say = Callable[[str], Any]
@@ -125,8 +126,18 @@ def _train(folder: Path, data: DemoData, tokenizer: PreTrainedTokenizerFast, mod
         lambda stage: [AttributionCallback(folder / "ledger", stage=stage), Progress(stage)],
     )
     for stage, program in recorded.items():
+        trainer = program(model)
+        if stage == "dpo":
+            _foresee(folder, trainer, behaviors_of(data, tokenizer), say)
         say(f"Training stage '{stage}' ...")
-        program(model).train()
+        trainer.train()
+
+
+def _foresee(folder: Path, trainer: Any, behaviors: list[Behavior], say: Say) -> None:
+    """What the preferences will do, before they do it: the trainer is left as it is."""
+    outlook = forecast(trainer, behaviors)
+    say(f"\nForecast of stage 'dpo', before it is trained:\n\n{outlook}\n")
+    keep(folder / "ledger", outlook, outlook.contributions(), title="What the preferences will do (before stage dpo)")
 
 
 def _leave(folder: Path, data: DemoData, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:

@@ -22,6 +22,7 @@ TA.h = (tag, attributes = {}, ...children) => {
 TA.shown = (value) => {
   if (value == null || Number.isNaN(value)) return "n/a";
   if (typeof value !== "number") return typeof value === "boolean" ? (value ? "yes" : "no") : String(value);
+  if (Math.abs(value) < 1e-15) return "0";
   if (Number.isInteger(value) || Math.abs(value) >= 1e5) return value.toLocaleString("en", { maximumFractionDigits: 0 });
   return String(Number(value.toPrecision(4)));
 };

@@ -4,7 +4,7 @@ TA.parts = {};
 TA.parts.stage_effects = (part, { name }) => {
   const behaviors = [...new Set(part.means.map((m) => m.behavior))], { params } = TA.route();
   const methods = [...new Set(part.means.map((m) => m.method))];
-  let behavior = behaviors.includes(params.behavior) ? params.behavior : behaviors[0], method = methods.includes(params.method) ? params.method : methods[0];
+  let behavior = behaviors.includes(params.behavior) ? params.behavior : behaviors[0], method = methods.includes(params.method) ? params.method : methods.at(-1); // the dearest comes last
   const charts = TA.h("div"), picked = () => part.means.filter((m) => m.behavior === behavior && m.method === method);
   const draw = () => {
     charts.replaceChildren(waterfall(picked(), part.interactions.find((i) => i.behavior === behavior && i.method === method), behavior, method),
@@ -20,7 +20,8 @@ TA.parts.stage_effects = (part, { name }) => {
     let at = 0;
     const rows = means.map((m) => ({ name: m.stage, value: m.effect, error: m.error_bar, certain: m.reliable, from: at, to: (at += m.effect) }));
     if (interaction) {
-      rows.push({ name: "(interaction)", value: interaction.residual, certain: true, from: at, to: at + interaction.residual });
+      const rest = Math.abs(interaction.residual) < 1e-9 * Math.abs(interaction.whole) ? 0 : interaction.residual; // the last digits
+      rows.push({ name: "(interaction)", value: rest, certain: true, from: at, to: at + rest });
       rows.push({ name: "all of training", value: interaction.whole, certain: true, from: 0, to: interaction.whole, total: true });
     }
     return TA.chart(`${title}, by ${how}: one stage after another, whiskers are error bars`, {
