@@ -1,0 +1,65 @@
+"""Figures in the documentation are those of benchmarks/results, with the environment beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from benchmarks import provenance
+
+AGAIN = "run `python benchmarks/provenance.py`"
+ELSEWHERE = {"support"}  # docs/support.md is its page
+
+
+def test_pages_say_what_the_results_say():
+    found = provenance.pages()
+    assert {"benchmarks.md", "influence.md"} <= {path.name for path in found}
+    for path in found:
+        assert path.read_text() == provenance.filled(path.read_text()), f"{path.name} is stale; {AGAIN}"
+
+
+def test_every_result_is_on_the_page():
+    page = (provenance.ROOT / "docs" / "benchmarks.md").read_text()
+    shown = {provenance.TABLES[name].source for name in re.findall(r"<!-- begin ([\w-]+) -->", page)}
+    assert shown == {path.stem for path in provenance.RESULTS.glob("*.json")} - ELSEWHERE
+
+
+def test_markers_are_closed_and_known():
+    for path in provenance.pages():
+        begun, ended = (re.findall(rf"<!-- {word} ([\w-]+) -->", path.read_text()) for word in ("begin", "end"))
+        assert begun == ended
+        assert {*begun} <= {*provenance.TABLES}
+
+
+@pytest.mark.parametrize("name", provenance.TABLES)
+def test_numbers_have_their_environment_beside_them(name):
+    table = provenance.TABLES[name]
+    result = json.loads((provenance.RESULTS / f"{table.source}.json").read_text())
+    text = table.text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) > 3
+    assert len({line.count("|") for line in rows}) == 1
+    for told in (result["environment"]["cpu"], result["environment"]["torch"], f"benchmarks/{table.source}.py"):
+        assert told in text
+    missed = [check for check, held in result["checks"].items() if not held["ok"]]
+    assert all(check in text for check in missed)
+
+
+def test_a_figure_that_changed_is_noticed():
+    page = (provenance.ROOT / "docs" / "benchmarks.md").read_text()
+    figure = re.search(r"\| raw \| (\d\.\d{3}) \|", page)
+    assert figure
+    wrong = page.replace(figure[0], "| raw | 1.000 |")
+    assert wrong != page == provenance.filled(wrong)
+
+
+def test_cells():
+    assert [provenance.shown(v) for v in (None, True, 0.12345, 131.07, "a|b")] == [
+        "-",
+        "yes",
+        "0.123",
+        "131.1",
+        "a\\|b",
+    ]
