@@ -63,3 +63,39 @@ def test_cells():
         "131.1",
         "a\\|b",
     ]
+
+
+QUOTED = {  # in docs/faq.md: (result, what the row is, column)
+    "0.885": ("fact_tracing", {"data": "BoolQ", "ranking": "bm25"}, "MRR"),
+    "0.026": ("fact_tracing", {"data": "BoolQ", "ranking": "TrackStar (mixed R)"}, "MRR"),
+    "-0.002": ("fact_tracing", {"data": "BoolQ", "ranking": "bm25"}, "tail-patch"),
+    "+0.156": ("fact_tracing", {"data": "BoolQ", "ranking": "TrackStar (mixed R)"}, "tail-patch"),
+    "+0.261": ("fact_tracing", {"data": "BoolQ", "ranking": "gradient cosine (unit norm)"}, "tail-patch"),
+    "0.986": ("fact_tracing", {"data": "country facts", "ranking": "bm25, names only"}, "MRR"),
+    "0.040": ("fact_tracing", {"data": "country facts", "ranking": "bm25, names only"}, "tail-patch"),
+    "0.564": ("fact_tracing", {"data": "country facts", "ranking": "TrackStar (mixed R)"}, "MRR"),
+    "0.052": ("fact_tracing", {"data": "country facts", "ranking": "TrackStar (mixed R)"}, "tail-patch"),
+    "0.270": ("influence_lds", {"testbed": "chargpt", "method": "tf-idf of characters"}, "LDS"),
+    "0.160": ("influence_lds", {"testbed": "chargpt", "method": "grad_cos, recorded rows"}, "LDS"),
+    "0.382": ("influence_lds", {"testbed": "chargpt", "method": "gauss_newton, rank 128, 2 states"}, "LDS"),
+    "0.43": ("influence_lds", {"testbed": "chargpt", "method": "gauss_newton, rank 128, 2 states"}, "x training"),
+    "1.8": ("influence_lds", {"testbed": "chargpt", "method": "gauss_newton, default"}, "x training"),
+    "0.53": ("shadow_overhead", {"run": "thin=4"}, "for the shadow"),
+    "0.83": ("pass_cost", {"model": "language model", "rows": "factored"}, "ratio"),
+    "0.24": ("stage_effects", {"regime": "LM AdamW standard", "method": "noise floor"}, "rel. error"),
+    "0.997": ("mislabel", {"data": "digits", "method": "loss"}, "AUC"),
+    "0.977": ("mislabel", {"data": "Fashion-MNIST", "method": "loss"}, "AUC"),
+    "0.988": ("mislabel", {"data": "digits", "method": "fisher, self"}, "AUC"),
+    "0.948": ("mislabel", {"data": "Fashion-MNIST", "method": "fisher, self"}, "AUC"),
+}
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_answers_quote_the_results(quoted):
+    source, wanted, column = QUOTED[quoted]
+    rows = json.loads((provenance.RESULTS / f"{source}.json").read_text())["rows"]
+    (row,) = [row for row in rows if wanted.items() <= row.items()]
+    digits = len(quoted.partition(".")[2])
+    assert float(quoted) == pytest.approx(row[column], abs=0.51 * 10**-digits)
+    shown = f"{float(quoted):.0%}".replace("%", " %") if quoted == "0.24" else quoted
+    assert re.search(rf"(?<![\d.+-]){re.escape(shown)}(?!\d)", (provenance.ROOT / "docs" / "faq.md").read_text())
