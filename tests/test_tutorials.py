@@ -78,21 +78,21 @@ def shape(text: str) -> list[str]:
     return [" ".join(re.sub(r"-{3,}", "", line).split()) for line in lines]
 
 
-@pytest.mark.parametrize("page", sorted(NEEDS))
-def test_a_page_prints_what_it_says(page, tutorials):
-    told = [block for block in ran(page, tutorials) if block.shown is not None]
+@pytest.mark.parametrize("name", sorted(NEEDS))
+def test_a_page_prints_what_it_says(name, tutorials):
+    told = [block for block in ran(name, tutorials) if block.shown is not None]
     assert len(told) >= 4
     for block in told:
         assert block.shown is not None
         assert shape(block.printed) == shape(block.shown), block.code
-    assert (tutorials / page / "report.html").stat().st_size > 10_000
+    assert (tutorials / name / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("page", sorted(NEEDS))
-def test_commands_of_a_page_work_on_its_ledger(page, tutorials, monkeypatch, capsys):
-    ran(page, tutorials)
-    monkeypatch.chdir(tutorials / page)
-    lines = [line for language, text in blocks(page) if language == "bash" for line in text.splitlines()]
+@pytest.mark.parametrize("name", sorted(NEEDS))
+def test_commands_of_a_page_work_on_its_ledger(name, tutorials, monkeypatch, capsys):
+    ran(name, tutorials)
+    monkeypatch.chdir(tutorials / name)
+    lines = [line for language, text in blocks(name) if language == "bash" for line in text.splitlines()]
     commands = [
         shlex.split(line)[1:] for line in lines if line.startswith(("trainer-attrib inspect", "trainer-attrib v"))
     ]

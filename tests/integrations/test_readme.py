@@ -120,10 +120,10 @@ def test_every_block_of_the_readme_is_run():
     assert len(PYTHON.findall(README)) == len({block(part) for part in parts})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_blocks_import_what_exists(page):
-    for text in PYTHON.findall(page.read_text()):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_blocks_import_what_exists(path):
+    for text in PYTHON.findall(path.read_text()):
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("trainer_attrib"):
                 module = importlib.import_module(str(node.module))
-                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], page
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], path
