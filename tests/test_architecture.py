@@ -157,7 +157,7 @@ def test_nothing_runs_from_data():
 def test_the_public_surface():
     assert trainer_attrib.__all__ == [
         "Analyzer", "Behavior", "Examples", "Generations", "Influence", "Ledger", "Recorder", "Shadow", "SketchConfig",
-        "StageEffects", "TrainerAttribError", "__version__",
+        "StageEffects", "TrainerAttribError", "__version__", "explore", "keep",
     ]  # fmt: skip
     for name in trainer_attrib.__all__:
         assert getattr(trainer_attrib, name).__doc__

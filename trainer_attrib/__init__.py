@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from trainer_attrib.analysis.behavior import Behavior as Behavior
     from trainer_attrib.analysis.examples import Examples as Examples
     from trainer_attrib.analysis.influence_results import Influence as Influence
+    from trainer_attrib.analysis.keeping import keep as keep
     from trainer_attrib.analysis.rates import Generations as Generations
     from trainer_attrib.analysis.results import StageEffects as StageEffects
     from trainer_attrib.capture.recorder import Recorder as Recorder
     from trainer_attrib.errors import TrainerAttribError as TrainerAttribError
+    from trainer_attrib.explorer.serving import explore as explore
     from trainer_attrib.ledger.reader import Ledger as Ledger
     from trainer_attrib.types import Shadow as Shadow
     from trainer_attrib.types import SketchConfig as SketchConfig
@@ -35,6 +37,8 @@ _HOME = {
     "SketchConfig": "trainer_attrib.types",
     "StageEffects": "trainer_attrib.analysis.results",
     "TrainerAttribError": "trainer_attrib.errors",
+    "explore": "trainer_attrib.explorer.serving",
+    "keep": "trainer_attrib.analysis.keeping",
 }
 
 __all__ = [
@@ -50,6 +54,8 @@ __all__ = [
     "StageEffects",
     "TrainerAttribError",
     "__version__",
+    "explore",
+    "keep",
 ]
 
 

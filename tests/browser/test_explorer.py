@@ -69,8 +69,8 @@ def test_stage_effects_are_a_waterfall_and_a_heat_map(served: Served, watched: A
     at = f"{served.url}#/0/answers/{key(answers, 'What each stage did')}"
     page = one.open(at, "text=one stage after another")
     assert page.locator("figure").count() == 2
-    page.get_by_label("Method").select_option("retrain")
-    page.get_by_label("Behavior").select_option("asserts planted wrong capitals")
+    page.get_by_label("Method", exact=True).select_option("retrain")
+    page.get_by_label("Behavior", exact=True).select_option("asserts planted wrong capitals")
     assert "by retrain" in page.locator("figcaption").first.inner_text()
     assert "method=retrain" in page.url  # what is on screen can be linked to
     page.get_by_text("as a table").first.click()
@@ -85,7 +85,7 @@ def test_influence_is_shown_filtered_and_highlighted(served: Served, watched: An
     assert page.get_by_text("Over training").count() == 1
     assert "2,635 examples" in page.get_by_text("Recipe trackstar").inner_text()
     one.shot("influence")
-    page.get_by_label("Source").select_option("=planted")
+    page.get_by_label("Source", exact=True).select_option("=planted")
     page.wait_for_selector("text=/among \\d+ of 2,635 examples/")
     facts = page.locator(".card > .facts").all_inner_texts()
     assert facts
@@ -101,7 +101,7 @@ def test_influence_is_shown_filtered_and_highlighted(served: Served, watched: An
     assert "text=no+example+says+this" in page.url
     page.reload()  # the address is the whole state
     page.wait_for_selector("text=among 0 of 2,635")
-    assert page.get_by_label("Source").input_value() == "=planted"
+    assert page.get_by_label("Source", exact=True).input_value() == "=planted"
 
 
 def test_clicking_a_word_highlights_it(served: Served, watched: Any) -> None:

@@ -48,6 +48,12 @@ class Explorer:
         self.catalogs, self.desks = list(catalogs), {desk.kind: desk for desk in desks}
         self.jobs, self.token = Jobs(), secrets.token_urlsafe(24)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the ledgers, all different."""
+        names = [catalog.name for catalog in self.catalogs]
+        return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, 1)]
+
     def app(self, hosts: Sequence[str]) -> Guard:
         """The ASGI application.
 
@@ -68,8 +74,7 @@ class Explorer:
 
     async def _session(self, request: Request) -> Response:
         told = {kind: desk.told() for kind, desk in self.desks.items()}
-        names = [catalog.name for catalog in self.catalogs]
-        return JSONResponse({"ledgers": names, "desks": told, "version": __version__})
+        return JSONResponse({"ledgers": self.names, "desks": told, "version": __version__})
 
     async def _asset(self, request: Request) -> Response:
         name = request.path_params["name"]

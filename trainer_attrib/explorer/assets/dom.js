@@ -44,7 +44,7 @@ TA.notes = (title, lines) => (lines && lines.length ? [TA.h("h2", {}, title), TA
 /** A choice; `options` are values or [value, label]. */
 TA.select = (label, options, value, changed, hidden = false) => TA.h("label", {}, !hidden && label, (() => {
   const pairs = options.map((o) => (Array.isArray(o) ? o : [o, o]));
-  const select = TA.h("select", { "aria-label": hidden ? label : null, change: () => changed(select.value) }, pairs.map(([v, l]) => TA.h("option", { value: v }, TA.short(l, 90))));
+  const select = TA.h("select", { "aria-label": label, change: () => changed(select.value) }, pairs.map(([v, l]) => TA.h("option", { value: v }, TA.short(l, 90))));
   select.value = value ?? pairs[0]?.[0] ?? "";
   return select;
 })());

@@ -6,9 +6,11 @@ TA.views.compare = async (main, { ledger, params }) => {
   const choices = lists.flatMap(({ answers }, i) => answers.map((a) => [`${i}/${a.key}`, `${session.ledgers.length > 1 ? session.ledgers[i] + ": " : ""}${a.title}`, a.kinds]));
   main.append(TA.h("h1", {}, "Compare"));
   if (choices.length < 2) { main.append(TA.h("p", { class: "note" }, "Two answers are needed: ask the same question by two recipes, or open two ledgers.")); return; }
+  const kind = (pair) => choices.find(([at]) => at === pair[0])[2][0];
   const known = (value, other) => (choices.some(([at]) => at === value) ? value : other);
-  const like = choices.find((c) => c !== choices[0] && c[2].join() === choices[0][2].join()) || choices[1];
-  let [a, b] = [known(params.a, choices[0][0]), known(params.b, like[0])], number = Number(params.query) || 0;
+  const drawn = ["influence", "stage_effects", "forecast"], pairs = choices.flatMap((c, i) => choices.slice(i + 1).filter((o) => o[2][0] === c[2][0] && drawn.includes(c[2][0])).map((o) => [c[0], o[0]]));
+  const [first, second] = pairs.sort((x, y) => drawn.indexOf(kind(x)) - drawn.indexOf(kind(y)))[0] || choices.map((c) => c[0]);
+  let [a, b] = [known(params.a, first), known(params.b, second)], number = Number(params.query) || 0;
   const place = TA.h("div"), tools = TA.h("div", { class: "tools" });
   const draw = async () => {
     const both = await Promise.all([a, b].map((at) => TA.get(at.replace("/", "/answers/")))), parts = both.map((one) => one.parts[0]);
