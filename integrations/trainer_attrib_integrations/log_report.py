@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trainer_attrib.analysis.results import Result
 from trainer_attrib.errors import ConfigurationError
 
 
@@ -79,8 +80,8 @@ def _leads(target: Any) -> bool:
 
 
 def _written(report: Any, folder: Path, name: str) -> _Report:
-    if callable(write := getattr(report, "report", None)):
-        return _Report(write(folder / f"{name}.html"), name, repr(report))
+    if isinstance(report, Result):
+        return _Report(report.report(folder / f"{name}.html"), name, repr(report))
     path = Path(report)
     if not path.is_file():
         raise ConfigurationError(f"There is no file {path}.", fix="pass a result, or the path that report() returned.")
