@@ -30,6 +30,7 @@ except ImportError as error:
 from trainer_attrib_integrations import shadows_huggingface, sidecar
 from trainer_attrib_integrations.loss_forms import loss_form
 from trainer_attrib_integrations.riding_ids import RidingIds
+from trainer_attrib_integrations.scalars_huggingface import show_scalars
 from trainer_attrib_integrations.wrapped import Wrapped
 
 _TEXT_LIMIT = 2000
@@ -176,6 +177,8 @@ class AttributionCallback(TrainerCallback):
         if self._recorder is not None and self._recorder.shadows:
             training_step = shadows_huggingface.offering(self._recorder, self._trainer, self._loss, training_step)
         self._wrapped.put(self._trainer, "training_step", self._naming(training_step))
+        if self._recorder is not None:
+            show_scalars(self._recorder, self._trainer, self._wrapped)
         accelerator = self._trainer.accelerator
         self._wrapped.put(accelerator, "clip_grad_norm_", self._telling(accelerator.clip_grad_norm_))
 

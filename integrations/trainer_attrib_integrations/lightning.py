@@ -21,6 +21,7 @@ from trainer_attrib.errors import ConfigurationError, MissingExtraError
 from trainer_attrib.ledger.journal import check_place
 from trainer_attrib.ledger.resuming import place_to_begin
 from trainer_attrib.types import SketchConfig
+from trainer_attrib_integrations.scalars_lightning import LoggedScalars
 from trainer_attrib_integrations.shadows_lightning import OfferedBatches
 
 
@@ -88,6 +89,7 @@ class AttributionCallback(Callback):
         self._left: dict[str, Any] = {}  # what a stage that broke off would have noted
         self._noted: dict[str, Any] = {}  # by the checkpoint that training resumes from
         self._offered: OfferedBatches | None = None  # where there are shadows
+        self._scalars: LoggedScalars | None = None
         self._batch = ExitStack()  # holds the recorder's block from a batch's start to its end
 
     # ---- a stage ------------------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ class AttributionCallback(Callback):
         self._recorder = recorder.start(after_step=after_step)
         if offered is not None:
             offered.install()
-        self._offered = offered
+        self._offered, self._scalars = offered, LoggedScalars(recorder)
         if trainer.global_step and not after_step:
             logger.info(
                 "stage '%s' begins after step %d of the training; what came before is not in it",
@@ -163,7 +165,7 @@ class AttributionCallback(Callback):
         self._batch.close()
         if self._offered is not None:
             self._offered.remove()
-        self._offered = None
+        self._offered = self._scalars = None
 
     def _stop(self, reason: str) -> None:
         self._leave()
@@ -196,6 +198,8 @@ class AttributionCallback(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The batch is over."""
         self._batch.close()
+        if self._scalars is not None:
+            self._scalars.log(trainer)
 
 
 def _refuse_what_cannot_be_recorded(trainer: Any) -> None:

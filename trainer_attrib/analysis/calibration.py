@@ -19,7 +19,7 @@ from trainer_attrib.analysis.recipes.at_states import StateScores, recorded_stat
 from trainer_attrib.analysis.recipes.dda import BASE, Dda
 from trainer_attrib.analysis.recipes.recipe import Question, Recipe
 from trainer_attrib.analysis.results import Result
-from trainer_attrib.analysis.tables import aligned, require_matplotlib
+from trainer_attrib.analysis.tables import aligned, bars_of, require_matplotlib
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.evaluation.detection import average_precision
 from trainer_attrib.ledger.reader import StageReader
@@ -164,8 +164,7 @@ class Calibration(Result):
         """A matplotlib figure: gains with two standard errors. Needs the extra ``plot``."""
         figure, axis = require_matplotlib().subplots(figsize=(7, 3), layout="tight")
         errors = [SURE * c.standard_error for c in self.candidates]
-        axis.barh([c.name for c in self.candidates], [c.gain for c in self.candidates], xerr=errors)
-        axis.axvline(0, color="black", linewidth=0.8)
+        bars_of(axis, [c.name for c in self.candidates], [c.gain for c in self.candidates], errors)
         axis.set(xlabel="average precision on canaries, above denoising alone")
         return figure
 

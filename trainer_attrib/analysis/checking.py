@@ -15,7 +15,7 @@ from trainer_attrib.analysis.controls import BM25
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.influence_results import Influence
 from trainer_attrib.analysis.results import Result
-from trainer_attrib.analysis.tables import aligned
+from trainer_attrib.analysis.tables import aligned, bars_of, require_matplotlib
 from trainer_attrib.errors import ConfigurationError, MissingDataError, MissingExtraError
 from trainer_attrib.evaluation.lexical import bm25_scores
 from trainer_attrib.evaluation.tail_patch import PatchStep, TailPatch, tail_patch
@@ -66,6 +66,15 @@ class Check(Result):
             Grid("Tail-patch", columns, shown),
             Notes("About the check", self.caveats),
         ]
+
+    def plot(self) -> Any:
+        """A matplotlib figure: change by one step, for each ranking, with standard errors. Needs the extra ``plot``."""
+        rows = self._rows()[::-1]
+        figure, axis = require_matplotlib().subplots(figsize=(7, 1 + 0.3 * len(rows)), layout="tight")
+        labels = [f"{r['behavior']}, {r['stage']}: {r['ranking']}" for r in rows]
+        bars_of(axis, labels, [r["change"] for r in rows], [_known(r["standard_error"]) for r in rows])
+        axis.set_xlabel(f"change by one step on one of the top {self.k}")
+        return figure
 
     def __repr__(self) -> str:
         columns = ("behavior", "stage", "ranking", f"one of top {self.k}", "beyond random", f"all {self.k} in one step")

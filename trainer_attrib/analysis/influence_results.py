@@ -14,7 +14,7 @@ import pyarrow as pa
 from trainer_attrib.analysis.beside import Beside, said
 from trainer_attrib.analysis.results import Result
 from trainer_attrib.analysis.retrieval.groups import StageSums, group_grids, source_rows, step_rows
-from trainer_attrib.analysis.tables import aligned, cut, require_matplotlib, shortened
+from trainer_attrib.analysis.tables import aligned, cut, in_figure, require_matplotlib, shortened
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.numerics.scores import rank
 from trainer_attrib.report.blocks import Block, Example, Grid, Notes, Ranking, Rankings
@@ -239,7 +239,7 @@ class Influence(Result):
         for scores in self.scores[:10]:
             axis.plot(np.sort(scores[~np.isnan(scores)])[::-1], linewidth=1)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(xlabel="rank", ylabel=self.recipe, title="Scores of all examples, one line per query")
+        axis.set(xlabel="rank", ylabel=in_figure(self.recipe), title="Scores of all examples, one line per query")
         return figure
 
     def __repr__(self) -> str:

@@ -15,7 +15,7 @@ from trainer_attrib.analysis.displacement import Displacement, moved
 from trainer_attrib.analysis.effects.estimate import Estimate, Method, estimate
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.results import Result
-from trainer_attrib.analysis.tables import aligned, require_matplotlib
+from trainer_attrib.analysis.tables import aligned, in_figure, require_matplotlib
 from trainer_attrib.analysis.training_state import TrainingState, put
 from trainer_attrib.errors import ConfigurationError, NotComparableError
 from trainer_attrib.ledger.reader import StageReader
@@ -109,9 +109,9 @@ class Removal(Result):
         figure, axis = require_matplotlib().subplots(figsize=(7, 3.5), layout="tight")
         axis.plot(self._scales(), [p.improved for p in self.points], marker="o", label="worst of what is to improve")
         for number, name in enumerate(self.keep):
-            axis.plot(self._scales(), [p.kept[number] for p in self.points], linestyle="--", label=name)
+            axis.plot(self._scales(), [p.kept[number] for p in self.points], linestyle="--", label=in_figure(name))
         axis.axvline(self.chosen.scale, color="black", linewidth=0.8)
-        axis.set(xlabel="scale of the displacement", title=f"Removing stage {self.stage} ({self.method})")
+        axis.set(xlabel="scale of the displacement", title=in_figure(f"Removing stage {self.stage} ({self.method})"))
         axis.legend()
         return figure
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from trainer_attrib.analysis.tables import aligned, require_matplotlib
+from trainer_attrib.analysis.tables import aligned, bars_of, in_figure, require_matplotlib
 from trainer_attrib.report.blocks import Bar, Bars, Block, Grid, Notes, plain
-from trainer_attrib.report.page import fragment, write_page
+from trainer_attrib.report.page import embedded, write_page
 
 RELIABLE = 0.5  # an effect is called reliable while its error bar is at most this share of it
 
@@ -77,8 +77,12 @@ class Result:
         """Write one self-contained HTML file; returns its path."""
         return write_page(path, type(self).__name__, self.blocks())
 
+    def plot(self) -> Any:
+        """The result as a matplotlib figure. Needs the extra ``plot``."""
+        raise NotImplementedError
+
     def _repr_html_(self) -> str:
-        return fragment(self.blocks())
+        return embedded(self.blocks())
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,9 +151,8 @@ class StageEffects(Result):
         for axis, name in zip(axes[:, 0], names, strict=True):
             rows = [m for m in means if m.behavior == name][::-1]
             labels = [f"{m.stage}, {m.method}" for m in rows]
-            axis.barh(labels, [m.effect for m in rows], xerr=[m.error_bar for m in rows], height=0.7)
-            axis.axvline(0, color="black", linewidth=0.8)
-            axis.set_title(name)
+            bars_of(axis, labels, [m.effect for m in rows], [m.error_bar for m in rows])
+            axis.set_title(in_figure(name))
         return figure
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer_attrib.analysis.recipes.rows import Rows, StreamedStage
 from trainer_attrib.analysis.recipes.trackstar import training_moments
 from trainer_attrib.analysis.results import Result
-from trainer_attrib.analysis.tables import aligned, require_matplotlib, shortened
+from trainer_attrib.analysis.tables import aligned, in_figure, require_matplotlib, shortened
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.numerics.row_curvature import damped_inverse, whiten
@@ -72,7 +72,8 @@ class SelfInfluence(Result):
         """A matplotlib figure of all scores in order. Needs the extra ``plot``."""
         figure, axis = require_matplotlib().subplots(figsize=(7, 3), layout="tight")
         axis.semilogy(range(1, len(self.rows) + 1), [max(row.score, 1e-30) for row in self.rows])
-        axis.set(xlabel="rank", ylabel=f"self-influence ({self.metric})")
+        title = in_figure(f"Stage {self.stage}")
+        axis.set(xlabel="rank", ylabel=f"self-influence ({self.metric})", title=title)
         return figure
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ from trainer_attrib.analysis.matching import recorded_of
 from trainer_attrib.analysis.recipes.dda import Dda
 from trainer_attrib.analysis.recipes.products import GradCos
 from trainer_attrib.analysis.results import Result
-from trainer_attrib.analysis.tables import aligned, require_matplotlib, shortened
+from trainer_attrib.analysis.tables import aligned, in_figure, require_matplotlib, shortened
 from trainer_attrib.errors import ConfigurationError, MissingDataError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.numerics.outliers import NORMAL_MAD, robust_z
@@ -232,7 +232,7 @@ class Suspects(Result):
         axis.plot(np.arange(1, len(scores) + 1), scores, linewidth=1)
         axis.plot([row.rank for row in self.rows], [row.score for row in self.rows], "o", label="suspects")
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(xlabel="rank", ylabel=f"{self.recipe}, standardised", title="Scores of all examples")
+        axis.set(xlabel="rank", ylabel=in_figure(f"{self.recipe}, standardised"), title="Scores of all examples")
         axis.legend()
         return figure
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from trainer_attrib.errors import MissingExtraError
+from trainer_attrib.report.escape import visible
 
 
 def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
@@ -33,6 +35,13 @@ def cut(text: str, most: int = 20_000) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)"
 
 
+def in_figure(text: str, most: int = 60) -> str:
+    """A text as a label of a figure: in one line, literally. Between two dollar signs matplotlib would read a formula,
+    and fail where it is none; its own font has no sign for a control character."""
+    shown = visible(shortened(text, most)).replace("␀", "�").replace("$", r"\$")
+    return "".join("�" if unicodedata.category(character) == "Cc" else character for character in shown)
+
+
 def require_matplotlib() -> Any:
     """``matplotlib.pyplot``.
 
@@ -44,6 +53,13 @@ def require_matplotlib() -> Any:
     except ImportError:
         raise MissingExtraError("matplotlib", "plot") from None
     return pyplot
+
+
+def bars_of(axis: Any, labels: Sequence[str], values: Sequence[float], errors: Sequence[float] | None = None) -> None:
+    """Horizontal bars around zero on a matplotlib axis, the first at the bottom; those of one label stay apart."""
+    axis.barh(range(len(values)), values, xerr=errors, height=0.7)
+    axis.set_yticks(range(len(values)), [in_figure(label) for label in labels])
+    axis.axvline(0, color="black", linewidth=0.8)
 
 
 def _line(row: Sequence[str], widths: Sequence[int], width: int) -> str:

@@ -20,7 +20,7 @@ from trainer_attrib.analysis.recorded_steps import RecordedOrder, RecordedSteps
 from trainer_attrib.analysis.results import Result
 from trainer_attrib.analysis.retraining import retrain
 from trainer_attrib.analysis.suspects import Suspects
-from trainer_attrib.analysis.tables import aligned
+from trainer_attrib.analysis.tables import aligned, bars_of, in_figure, require_matplotlib
 from trainer_attrib.analysis.training_state import TrainingState, state_of
 from trainer_attrib.errors import ConfigurationError, MissingDataError, NotComparableError
 from trainer_attrib.ledger.reader import StageReader
@@ -100,25 +100,37 @@ class Verification(Result):
 
     def blocks(self) -> list[Block]:
         """Bars of what the stage added with and without, the means, every query, the caveats."""
-        bars = [
-            Bar(f"{mean.behavior}", f"without {name}", getattr(mean, arm) - mean.again)
-            for mean in self.summary()
-            for arm, name in (("without", "the suspects"), ("random", "as many random examples"))
-        ]
-        title = f"Stage {self.stage} again without {self.removed} of {self.examples:,} examples"
+        bars = [Bar(behavior, name, change) for behavior, name, change in self._changes()]
         note = "Change against the same training with all examples, mean over queries."
         header = ("kind", "behavior", "queries", *_HEADS, "unit")
         means = [tuple(asdict(row).values()) for row in self.summary()]
         queries = [tuple(asdict(row).values()) for row in self.rows if row.kind == "error"]
         return [
-            Bars(title, bars, "", note),
+            Bars(self._title(), bars, "", note),
             Grid("Means", header, means, " ".join(self._lines())),
             Grid("Queries of the error", ("kind", "behavior", "query", *header[3:]), queries),
             Notes("What to keep in mind", self.caveats),
         ]
 
+    def plot(self) -> Any:
+        """A matplotlib figure: changes against the training with all examples. Needs the extra ``plot``."""
+        rows = list(self._changes())[::-1]
+        figure, axis = require_matplotlib().subplots(figsize=(7, 1 + 0.3 * len(rows)), layout="tight")
+        bars_of(axis, [f"{behavior}: {name}" for behavior, name, _ in rows], [change for _, _, change in rows])
+        axis.set(xlabel="change of the behavior, mean over queries", title=in_figure(self._title()))
+        return figure
+
+    def _title(self) -> str:
+        return f"Stage {self.stage} again without {self.removed} of {self.examples:,} examples"
+
+    def _changes(self) -> Iterator[tuple[str, str, float]]:
+        """(behavior, what was left out, change against the same training with all examples)."""
+        for mean in self.summary():
+            for arm, name in (("without", "the suspects"), ("random", "as many random examples")):
+                yield mean.behavior, f"without {name}", getattr(mean, arm) - mean.again
+
     def __repr__(self) -> str:
-        head = f"stage {self.stage} again without {self.removed} of {self.examples:,} examples (means over queries)"
+        head = f"{self._title()} (means over queries)".replace("Stage", "stage", 1)
         cells = [
             (row.kind, row.behavior, row.query, *(f"{getattr(row, name):+.3f}" for name in COLUMNS), row.unit)
             for row in self.summary()

@@ -18,6 +18,7 @@ from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.open_stage import Recording, open_stage
 from trainer_attrib.capture.processes import Processes
 from trainer_attrib.capture.refusals import refuse_unknown_parallelism
+from trainer_attrib.capture.scalars import scalars_of
 from trainer_attrib.capture.shadows.parts import PartLoss
 from trainer_attrib.capture.shadows.refusals import Asked
 from trainer_attrib.capture.shadows.shadows import Shadows
@@ -215,6 +216,16 @@ class Recorder(Ending):
             return {}
         self.shadows.checkpoint(self.step)
         return {"stage": self._stage.name, "step": self.step, "began": self._journal.meta["began"]}
+
+    def scalars(self) -> dict[str, float]:
+        """How the recording is doing, named ``trainer_attrib/...`` for a tracker (:func:`capture.scalars.scalars_of`).
+
+        Empty before the stage is open, and once it is closed or capture has stopped. In one process of several it tells
+        of that process's rows.
+        """
+        if not self._running:
+            return {}
+        return scalars_of(self._writer, self._journal.meta, self._meter.share(self._tap))
 
     def note_gradient_norm(self, before_clipping: Any, threshold: float) -> None:
         """Tell the norm that clipping measured, to save measuring it again. Over all parameters of one optimizer.

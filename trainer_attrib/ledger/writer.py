@@ -38,6 +38,8 @@ class StageWriter:
         self._buffered, self._opened = 0, time.monotonic()
         self._parts = self._sealed_before()
         self._fault: BaseException | None = None
+        self._lock, self._losses = threading.Lock(), list[float]()
+        self._rows, self._bytes = (self.sealed()[kind] for kind in ("rows", "bytes"))
         self._thread = threading.Thread(target=self._run, name="trainer-attrib-writer", daemon=True)
         self._thread.start()
 
@@ -68,6 +70,13 @@ class StageWriter:
         size = sum(file["bytes"] for part in self._parts for file in part["files"].values())
         return {"bytes": size, **{kind: sum(part[kind] for part in self._parts) for kind in ("steps", "rows")}}
 
+    def so_far(self) -> tuple[int, int, list[float]]:
+        """Rows and bytes up to the last step that the thread has taken in, sealed or about to be, and the losses of the
+        steps with rows since the last call. Waits for nothing."""
+        with self._lock:
+            losses, self._losses = self._losses, []
+            return self._rows, self._bytes, losses
+
     def _sealed_before(self) -> list[dict[str, Any]]:
         """Parts of an earlier attempt at this stage: a resumed stage appends, it never overwrites."""
         name = f"{self._folder}/{manifest_name(self._rank)}"
@@ -91,8 +100,16 @@ class StageWriter:
         self._buffer.append(block)
         self._buffered += 0 if block.sketches is None else block.sketches.nbytes
         self._buffered += len(block.step["projected_weights"] or b"")
+        self._count(block)
         if self._buffered >= ROLL_BYTES or time.monotonic() - self._opened > ROLL_SECONDS:
             self._seal()
+
+    def _count(self, block: Block) -> None:
+        written = self.sealed()["bytes"] + self._buffered
+        with self._lock:
+            self._rows, self._bytes = self._rows + len(block.rows), written
+            if block.rows and "loss" in block.step:
+                self._losses.append(block.step["loss"])
 
     def _seal(self) -> None:
         """Write the buffered steps as one part: its files first, then the manifest that makes them count."""

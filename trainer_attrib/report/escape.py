@@ -6,6 +6,10 @@ import html
 
 
 def escaped(text: str) -> str:
-    """Escaped; NUL and direction overrides made visible, since training text must not reorder what is around it."""
-    hidden = {0: "␀", **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")}
-    return html.escape(text.translate(hidden))
+    """Escaped, with what is hidden made visible."""
+    return html.escape(visible(text))
+
+
+def visible(text: str) -> str:
+    """NUL and direction overrides made visible, since training text must not reorder what is around it."""
+    return text.translate({0: "␀", **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")})

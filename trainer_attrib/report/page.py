@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from importlib import resources
@@ -18,20 +19,26 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 def page(title: str, blocks: Sequence[Block], subtitle: str = "") -> str:
     """The whole page."""
-    style = resources.files("trainer_attrib.report").joinpath("page.css").read_text()
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{escaped(title)}</title>'
-        f"<style>{style}</style></head><body><main><header><h1>{escaped(title)}</h1><p>{escaped(subtitle)}</p></header>"
+        f"<style>{_style()}</style></head><body><main><header><h1>{escaped(title)}</h1><p>{escaped(subtitle)}</p></header>"
         f"{fragment(blocks)}<footer>trainer-attrib {__version__}. This page is one file and loads nothing.</footer>"
         "</main></body></html>"
     )
 
 
 def fragment(blocks: Sequence[Block]) -> str:
-    """The blocks alone, for a notebook."""
+    """The blocks alone."""
     return "".join(_block(block) for block in blocks)
+
+
+def embedded(blocks: Sequence[Block]) -> str:
+    """The blocks with their style, for a notebook, whose own looks they must not change: the rules are nested in the
+    class of the element around them."""
+    rules = re.sub(r"(?<![-\w.])(:root|body|main) \{", "& {", _style())
+    return f'<div class="trainer-attrib"><style>.trainer-attrib {{ {rules} }}</style>{fragment(blocks)}</div>'
 
 
 def write_page(path: str | os.PathLike[str], title: str, blocks: Sequence[Block], subtitle: str = "") -> Path:
@@ -49,6 +56,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     os.chmod(temporary, 0o644)
     os.replace(temporary, target)
     return target
+
+
+def _style() -> str:
+    return resources.files("trainer_attrib.report").joinpath("page.css").read_text()
 
 
 def _block(block: Block) -> str:

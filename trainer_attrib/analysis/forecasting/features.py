@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer_attrib.analysis.behavior import evaluating
 from trainer_attrib.analysis.forecasting.run import TrainingRow
 from trainer_attrib.analysis.results import Result
-from trainer_attrib.analysis.tables import aligned, require_matplotlib, shortened
+from trainer_attrib.analysis.tables import aligned, bars_of, require_matplotlib, shortened
 from trainer_attrib.analysis.text import IGNORED, TextPair, encode_pair
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.numerics.clustering import false_discovery_rates, spherical_clusters, welch, z_values
@@ -82,7 +82,8 @@ class FeatureView(Result):
         """A matplotlib figure: the strongest leans. Needs the extra ``plot``."""
         rows = self.rows[:20][::-1]
         figure, axis = require_matplotlib().subplots(figsize=(7, 1 + 0.3 * len(rows)), layout="tight")
-        axis.barh([f"{r.cluster} {r.feature}: {shortened(r.tokens, 30)}" for r in rows], [r.lean for r in rows])
+        labels = [f"{r.cluster} {r.feature}: {shortened(r.tokens, 30)}" for r in rows]
+        bars_of(axis, labels, [r.lean for r in rows])
         axis.set_xlabel("lean to the chosen answer")
         return figure
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from trainer_attrib.analysis.forecasting.run import TrainingRow
 from trainer_attrib.analysis.results import RELIABLE, Result
-from trainer_attrib.analysis.tables import aligned, cut, require_matplotlib
+from trainer_attrib.analysis.tables import aligned, bars_of, cut, in_figure, require_matplotlib
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.report.blocks import Bar, Bars, Block, Example, Grid, Notes, Ranking, Rankings
 
@@ -153,7 +153,7 @@ class Contributions(Result):
         """A matplotlib figure: the sorted contributions to each behavior. Needs the extra ``plot``."""
         figure, axis = require_matplotlib().subplots(figsize=(7, 3), layout="tight")
         for name in self.behaviors:
-            axis.plot(np.sort(self.of(name))[::-1], label=name)
+            axis.plot(np.sort(self.of(name))[::-1], label=in_figure(name))
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel="examples, sorted", ylabel="contribution")
         axis.legend()
@@ -223,9 +223,8 @@ class Shifts(Result):
         """A matplotlib figure: predicted changes with error bars. Needs the extra ``plot``."""
         figure, axis = require_matplotlib().subplots(figsize=(7, 1 + 0.3 * len(self.rows)), layout="tight")
         rows = self.rows[::-1]
-        axis.barh([f"{r.behavior}, {r.method}" for r in rows], [r.predicted for r in rows],
-                  xerr=[r.error_bar for r in rows])  # fmt: skip
-        axis.axvline(0, color="black", linewidth=0.8)
+        labels = [f"{r.behavior}, {r.method}" for r in rows]
+        bars_of(axis, labels, [r.predicted for r in rows], [r.error_bar for r in rows])
         axis.set_xlabel("predicted change")
         return figure
 
