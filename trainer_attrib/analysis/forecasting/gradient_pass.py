@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.forecasting.arms import Arm, adam_epsilon
@@ -121,11 +121,10 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
     windows = list(_windows(len(run.rates), max(1, round(1 / share))))
     sample, every = [], max(1, len(windows) // KEPT)
     for number, (window, step) in enumerate(progress(_batches(run, windows), "gradients", len(windows))):
-        gradients, loss, norms = _gradients(run, step, places)
-        factor = norms[1] / norms[0] if norms[0] > 0 else 1.0
+        gradients, loss, norm, factor = _gradients(run, step, places)
         sums.add(gradients, loss)
-        squares.append(norms[0] ** 2)
-        bound = norms[1] if factor < CLIPPED else bound
+        squares.append(norm**2)
+        bound = factor * norm if factor < CLIPPED else bound
         arm.step(gradients, [run.rates[i] for i in window])
         if number % every == 0 and len(sample) < KEPT:
             sample.append(step)
@@ -166,10 +165,9 @@ def _batches(run: Run, windows: list[range]) -> Iterator[tuple[range, Step]]:
             pass
 
 
-def _gradients(
-    run: Run, step: Step, places: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], float, tuple[float, float]]:
-    """Of one step's batch as the optimizer would see it, its loss, and the norm before and after clipping."""
+def _gradients(run: Run, step: Step, places: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float, float, float]:
+    """Of one step's batch as the optimizer would see it, its loss, the norm before clipping, and by what clipping
+    multiplied it."""
     model = run.steps.model
     model.zero_grad(set_to_none=True)
     total = 0.0
@@ -177,22 +175,22 @@ def _gradients(
         loss = compute()
         loss.backward()
         total += float(loss.detach())
-    before = _norm(places)
-    run.steps.clip()
-    after = _norm(places)
+    found = {name: place.grad for name, place in places.items() if place.grad is not None}
+    norms = {name: float(gradient.norm()) for name, gradient in found.items()}
+    before = sum(norm * norm for norm in norms.values()) ** 0.5
     if not before < float("inf"):
         raise ConfigurationError(
             "A gradient of the run is not finite at its first weights.",
             cause="a batch without a label that counts, or weights or data that overflow.",
             fix="train a step and look at its loss.",
         )
-    found = {name: place.grad.detach().clone() for name, place in places.items() if place.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found, total, (before, after)
-
-
-def _norm(places: Mapping[str, Tensor]) -> float:
-    return float(nn.utils.get_total_norm([place.grad for place in places.values() if place.grad is not None]))
+    run.steps.clip()
+    found = {name: place.grad for name, place in places.items() if place.grad is not None}
+    model.zero_grad(set_to_none=True)  # they are ours now, none is written to again
+    if not before:
+        return found, total, before, 1.0
+    largest = max(norms, key=lambda name: norms[name])  # clipping to a norm multiplies all by the same
+    return found, total, before, float(found[largest].norm()) / norms[largest]
 
 
 def _sum_of_rates(run: Run, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, float]:
