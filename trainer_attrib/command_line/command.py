@@ -24,6 +24,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28)
         self._action_max_length = 14  # argparse forgets that commands are indented
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        """What kind of value follows, instead of the option's name once more."""
+        return "N" if action.type is int else "X" if action.type is float else "TEXT"
+
 
 def add_command(
     commands: Commands, name: str, what: str, run: Callable[[argparse.Namespace], int], example: str
