@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import warnings
 from typing import Any
 
 from trainer_attrib.command_line.behaviors import add_behaviors
@@ -51,7 +52,8 @@ def _forecast(options: argparse.Namespace) -> int:
     with extra("demo"):
         from trainer_attrib.integrations.forecast_pairs import PairsForecast
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the trainer's own, about the trainer's own arguments
         asked = PairsForecast.asked(options, folder)
         outlook = asked.outlook()
         answer: dict[str, Any] = {"forecast": outlook.to_dict()}
