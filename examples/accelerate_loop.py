@@ -1,19 +1,21 @@
-"""A loop of one's own with accelerate, recorded by `ta.Recorder`, then asked why the model errs. Offline, in seconds.
+"""A loop of one's own with accelerate, recorded by `ta.Recorder`, then asked why the model errs; the same script in one
+process or several, each of which records its part of every batch. Offline, in seconds.
 
-Three kinds of points; somebody labelled a corner of the first kind wrongly. The script works alike under
-`python` and, in one process, under `accelerate launch`:
+Three kinds of points; somebody labelled a corner of the first kind wrongly.
 
     python examples/accelerate_loop.py [ledger]
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py [ledger]   # or accelerate launch
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -35,7 +37,7 @@ def points(count: int) -> list[dict[str, object]]:
 
 
 def train(ledger: str, accelerator: Accelerator) -> nn.Module:
-    """Ten epochs, two micro-batches per step."""
+    """Ten epochs of 60 points per step: two micro-batches in one process, or one in each of two."""
     model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
     loader = DataLoader(points(600), batch_size=30, shuffle=True)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -67,9 +69,13 @@ def ask(ledger: str, model: nn.Module) -> list[str]:
 def main(ledger: str) -> None:
     """Train, then ask."""
     set_seed(0)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=max(1, 2 // processes))
+    [ledger] = broadcast_object_list([ledger])  # the first process's, if each made a folder of its own
     model = train(ledger, accelerator)
     if accelerator.is_main_process:
+        ranks = {row["rank"] for block in ta.Ledger(ledger).stage("first").rows() for row in block.table.to_pylist()}
+        print(f"recorded by {len(ranks)} of {accelerator.num_processes} processes")
         top = ask(ledger, model)
         print("examples that taught it so:", *top)
         print(f"{sum(name.startswith('wrong') for name in top)} of these 10 are wrongly labelled; of all, 30 of 600")

@@ -21,6 +21,7 @@ FLOORS = {
     "ledger": 2, "tap": 2, "report": 2,
     "capture": 3, "analysis": 3, "evaluation": 3,
     "testing": 4, "integrations": 4, "explorer": 4,
+    "command_line": 5,
     "cli": 5, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "lightning", "pytorch_lightning", "datasets"}

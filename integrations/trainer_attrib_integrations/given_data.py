@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.errors import ConfigurationError
 
 _KEYS = 'a "text", or a "prompt" and a "completion"; "id" and "source" if there are'
-_QUERY = ("prompt", "wrong", "right")
 _QUERY_KEYS = 'a "prompt" and a "wrong" answer; a "right" one if it is known'
 
 
@@ -28,15 +27,19 @@ class WrongAnswer:
     right: str | None = None
 
 
-def load_model(folder: str) -> tuple[nn.Module, Any]:
-    """A causal language model and its tokenizer from a folder that ``save_pretrained`` wrote, in its own precision.
-    Nothing is downloaded, no code of the folder is run.
+def load_model(folder: str, dtype: str = "auto") -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer from a folder that ``save_pretrained`` wrote. Nothing is downloaded, no
+    code of the folder is run.
+
+    Args:
+        folder: of both.
+        dtype: of the weights; their own by default.
 
     Raises:
         ConfigurationError: it is not such a folder.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
@@ -84,17 +87,48 @@ def read_queries(file: str) -> list[WrongAnswer]:
     Raises:
         ConfigurationError: there is no such file, it is empty, or a line is not such an object.
     """
+
+    def holds(row: dict[str, Any]) -> bool:
+        return all(isinstance(row.get(key), str) for key in ("prompt", "wrong")) and isinstance(
+            row.get("right"), str | None
+        )
+
+    rows = read_objects(file, "query", _QUERY_KEYS, holds)
+    return [WrongAnswer(row["prompt"], row["wrong"], row.get("right")) for row in rows]
+
+
+def read_objects(file: str, what: str, keys: str, holds: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Objects from a file, one a line.
+
+    Args:
+        file: of JSON lines.
+        what: each is, in the singular.
+        keys: that each has, as an error says it.
+        holds: whether one has them.
+
+    Raises:
+        ConfigurationError: there is no such file, it is empty, or a line is not such an object.
+    """
     found = []
     for number, line, row in _lines(Path(file)):
-        prompt, wrong, right = (row.get(key) if isinstance(row, dict) else None for key in _QUERY)
-        if not (isinstance(prompt, str) and isinstance(wrong, str) and isinstance(right, str | None)):
+        if not isinstance(row, dict) or not holds(row):
+            article = "an" if what[0] in "aeiou" else "a"
             raise ConfigurationError(
-                f"Line {number + 1} of {file} is not a query: {line[:60]!r}.", fix=f"give each line {_QUERY_KEYS}."
+                f"Line {number + 1} of {file} is not {article} {what}: {line[:60]!r}.", fix=f"give each line {keys}."
             )
-        found.append(WrongAnswer(prompt, wrong, right))
+        found.append(row)
     if not found:
-        raise ConfigurationError(f"{file} holds no queries.", fix=f"give each line {_QUERY_KEYS}.")
+        plural = "queries" if what == "query" else f"{what}s"
+        raise ConfigurationError(f"{file} holds no {plural}.", fix=f"give each line {keys}.")
     return found
+
+
+def is_text_or_chat(value: Any) -> bool:
+    """Whether it is a text, or the messages of a conversation: a role and a content each."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    keys = ("role", "content")
+    return bool(value) and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in keys) for m in value)
 
 
 def _examples(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

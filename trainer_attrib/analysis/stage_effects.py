@@ -18,6 +18,7 @@ from trainer_attrib.analysis.replaying import Pace
 from trainer_attrib.analysis.results import RELIABLE, Effect, Interaction, StageEffects
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.reader import StageReader
+from trainer_attrib.progress import progress
 
 RUNGS: tuple[Method, ...] = (
     Auto(),
@@ -44,7 +45,8 @@ def stage_effects(lineage: Lineage, methods: Sequence[str | Method]) -> StageEff
     for method in chosen:
         for stage in lineage.stages:
             method.check(lineage, stage)
-    found = [(stage, method, estimate(method, lineage, stage)) for stage in lineage.stages for method in chosen]
+    asked = [(stage, method) for stage in lineage.stages for method in chosen]
+    found = [(stage, method, estimate(method, lineage, stage)) for stage, method in progress(asked, "stage effects")]
     rows = [row for stage, method, one in found for row in _rows(lineage, stage, one.method or method.name, one)]
     caveats = [*(method.caveat for method in chosen), *(note for *_, one in found for note in one.notes)]
     caveats += [_unreliable(method, stage, one) for stage, method, one in found]
