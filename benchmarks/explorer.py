@@ -27,8 +27,8 @@ from trainer_attrib.explorer.serving import Served, explorer_of
 
 WIDTH, BATCH = 16, 500
 WORDS = (
-    "the", "of", "and", "a", "to", "in", "is", "light", "bread", "water", "stone", "river", "market", "engine", "letter",
-    "number", "colour", "winter", "garden",
+    "the", "of", "and", "a", "to", "in", "is", "light", "bread", "water", "stone", "river", "market", "engine",
+    "letter", "number", "colour", "winter", "garden",
 )  # fmt: skip
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync"]  # fmt: skip

@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trainer_attrib.command_line import completion, effects, forecasts, influences, ledgers, showing
+from trainer_attrib.command_line import completion, effects, exploring, forecasts, influences, ledgers, showing
 from trainer_attrib.command_line.command import DONE, EXIT_CODES, INTERRUPTED, WRONG, Help
 from trainer_attrib.errors import TrainerAttribError
 from trainer_attrib.version import __version__
 
-GROUPS = (showing, ledgers, effects, influences, forecasts, completion)
+GROUPS = (showing, ledgers, effects, influences, forecasts, exploring, completion)
 """Modules of commands, in the order of the help."""
 DESCRIPTION = "Which stage made the model behave like this, and which training examples made it say that?"
 EPILOG = f"""first:

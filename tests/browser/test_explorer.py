@@ -107,7 +107,7 @@ def test_influence_is_shown_filtered_and_highlighted(served: Served, watched: An
 def test_clicking_a_word_highlights_it(served: Served, watched: Any) -> None:
     page = watched(served.url).open(f"{served.url}#/0/examples", ".card")
     page.get_by_label("Text contains").fill("The capital of Peru is Lima.")
-    page.wait_for_selector("text=/1–\\d of \\d matching/")
+    page.wait_for_selector("text=/1 to \\d of \\d matching/")
     box = page.locator(".card .text").first.bounding_box()
     page.mouse.click(box["x"] + 10, box["y"] + 8)
     assert page.get_by_label("Highlight").input_value() == "The"
@@ -141,10 +141,10 @@ def test_examples_are_paged(served: Served, watched: Any) -> None:
     assert page.locator(".card").count() == 50
     first = page.locator(".card .facts").first.inner_text()
     page.get_by_role("button", name="Next").click()
-    page.wait_for_selector("text=51–100 of 2,635")
+    page.wait_for_selector("text=51 to 100 of 2,635")
     assert page.locator(".card .facts").first.inner_text() != first
     page.get_by_role("button", name="Previous").click()
-    page.wait_for_selector("text=1–50 of 2,635")
+    page.wait_for_selector("text=1 to 50 of 2,635")
     assert page.locator(".card .facts").first.inner_text() == first
 
 
@@ -209,8 +209,8 @@ def test_the_keyboard_reaches_the_page(served: Served, watched: Any) -> None:
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.wait_for_function("document.activeElement.id === 'main' || document.activeElement.tagName === 'A'")
-    unnamed = """[...document.querySelectorAll('button, a, input, select, textarea, svg[role=img], canvas')]
-        .filter(e => !(e.innerText || e.getAttribute('aria-label') || e.labels?.length || e.title)).map(e => e.outerHTML)"""
+    unnamed = """[...document.querySelectorAll('button, a, input, select, textarea, svg[role=img], canvas')].filter(
+        e => !(e.innerText || e.getAttribute('aria-label') || e.labels?.length || e.title)).map(e => e.outerHTML)"""
     for view in ("ledger", "answers", "examples", "map", "compare", "ask"):
         page.goto(f"{served.url}#/0/{view}")
         page.wait_for_selector(f"body[data-shown^='0/{view}']")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from urllib.parse import quote
+from urllib.request import urlopen
 
 import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from tests.explorer.ledgers import answered
+from tests.explorer.ledgers import answered, recorded
+from trainer_attrib.cli import main
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.explorer.jobs import Jobs
 from trainer_attrib.explorer.live import Work
@@ -47,7 +52,7 @@ class Slow:
 def served(tmp_path_factory):
     ledger, _, keys = answered(tmp_path_factory.mktemp("served"))
     explorer = explorer_of([ledger])
-    explorer.desks = {"influence": Slow()}
+    explorer.desks.update(influence=Slow())
     with Served(explorer) as served:
         yield served, explorer, keys
 
@@ -188,3 +193,26 @@ def test_taken_ports_and_half_a_model_are_refused(served, tmp_path):
         Served(Explorer([]), served[0].port)
     with pytest.raises(ConfigurationError, match="belong together"):
         explorer_of([], tokenizer=object())
+
+
+def test_the_command_serves_until_it_is_interrupted(tmp_path):
+    """As a user starts it: the address on standard output, Ctrl-C ends it."""
+    ledger = recorded(tmp_path)[0]
+    command = [sys.executable, "-m", "trainer_attrib", "explore", str(ledger), "--no-browser", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        url = json.loads("".join(lines))["url"]
+        with urlopen(url + "session.json") as answer:
+            assert json.load(answer)["ledgers"] == ["ledger"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+def test_the_report_command(tmp_path, capsys):
+    ledger = recorded(tmp_path)[0]
+    assert main(["report", str(ledger), "--out", str(tmp_path / "page.html"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes"] == (tmp_path / "page.html").stat().st_size
+    assert main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "no.html")]) == 2
+    assert not (tmp_path / "no.html").exists()

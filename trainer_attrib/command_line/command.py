@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,12 +77,6 @@ def extra(name: str) -> Iterator[None]:
 
 def print_json(answer: Any) -> None:
     """JSON that every parser reads: numbers that it has no words for (NaN, infinity) are null."""
-    print(json.dumps(_finite(answer), indent=1, allow_nan=False))
+    from trainer_attrib.ledger.storage import json_ready
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(json_ready(answer), indent=1, allow_nan=False))

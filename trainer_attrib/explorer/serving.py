@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,7 +29,7 @@ def explore(
     forecast: Forecast | None = None,
     port: int = 0,
     browser: bool = True,
-    say: Any = print,
+    say: Callable[[str, str], object] = lambda told, url: print(told, flush=True),
 ) -> None:
     """Serve the pages of a ledger on this computer until interrupted.
 
@@ -41,7 +41,7 @@ def explore(
         forecast: of a run that has not begun, whose data the page may reshape.
         port: 0 takes a free one.
         browser: open the page.
-        say: is told the address.
+        say: is told a sentence and the address in it.
 
     Raises:
         MissingExtraError: without the extra ``ui``.
@@ -49,7 +49,7 @@ def explore(
         LedgerError: there is no ledger, or it cannot be read.
     """
     with Served(explorer_of([ledger, *others], model, tokenizer, forecast), port) as served:
-        say(f"{served.url}  (Ctrl-C stops it)")
+        say(f"{served.url}  (Ctrl-C stops it)", served.url)
         if browser:
             threading.Thread(target=webbrowser.open, args=(served.url,), daemon=True).start()
         served.wait()

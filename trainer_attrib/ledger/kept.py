@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 
 from trainer_attrib.errors import ConfigurationError, LedgerNotFoundError
 from trainer_attrib.ledger.schema import FORMAT, check_format
-from trainer_attrib.ledger.storage import Storage, digest
+from trainer_attrib.ledger.storage import Storage, digest, json_ready
 
 FOLDER = "answers"
 _KEY = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
@@ -40,7 +39,7 @@ class Answers:
             asked: the question, JSON-ready, which the key is made of; without it, of the answer.
             scores: of all examples, for whoever filters them.
         """
-        plain = _finite(parts)
+        plain = json_ready(parts)
         key = key_of(asked if asked is not None else {"title": title, "parts": plain})
         if scores is not None:
             sink = io.BytesIO()
@@ -90,7 +89,7 @@ class Answers:
 
 def key_of(asked: Mapping[str, Any]) -> str:
     """What a question's answer is kept under."""
-    return digest(json.dumps(_finite(asked), sort_keys=True).encode())[:20]
+    return digest(json.dumps(json_ready(asked), sort_keys=True).encode())[:20]
 
 
 def checked(key: str) -> str:
@@ -102,14 +101,3 @@ def checked(key: str) -> str:
     if not _KEY.fullmatch(key):
         raise ConfigurationError(f"{key!r} is no key of an answer.", fix="use one that `Answers.keys()` lists.")
     return key
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no nan and no infinity."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -17,7 +17,7 @@ TA.views.examples = async (main, { ledger, params }) => {
     }
     if (mine !== turn) return;
     found = data;
-    said.textContent = found.matching ? `${TA.shown(offset + 1)}–${TA.shown(Math.min(offset + LIMIT, found.matching))} of ${TA.shown(found.matching)} matching, ${TA.shown(found.examples)} in all` : `none of ${TA.shown(found.examples)} matches`;
+    said.textContent = found.matching ? `${TA.shown(offset + 1)} to ${TA.shown(Math.min(offset + LIMIT, found.matching))} of ${TA.shown(found.matching)} matching, ${TA.shown(found.examples)} in all` : `none of ${TA.shown(found.examples)} matches`;
     back.disabled = offset === 0; on.disabled = offset + LIMIT >= found.matching;
     list.replaceChildren(TA.h("ol", { class: "cards" }, found.rows.map((e) => TA.card(e))));
     TA.highlight();
