@@ -206,6 +206,22 @@ def test_contributions_add_up_to_the_straight_line() -> None:
         assert told.to_table().num_rows == 72
 
 
+def test_contributions_of_examples_that_a_part_of_the_batches_does_not_know() -> None:
+    """A weight that only one example moves, and none of the batches that were looked at: what it adds is what it adds
+    with all batches, not the learning rate over epsilon."""
+    x_NI = examples()
+    x_NI[:, 3] = 0.0
+    x_NI[4, 3] = 2.0
+    told = {}
+    for share in (1.0, 0.5, 0.25):
+        torch.manual_seed(2)
+        run = PlainRun(nn.Linear(4, 2), linear, x_NI, adamw)
+        told[share] = forecast(run, [first_output()], "gradient", share=share).contributions().of("first output")
+    for share in (0.5, 0.25):
+        assert told[share][4] == pytest.approx(told[1.0][4], rel=0.35)
+        assert np.corrcoef(told[share], told[1.0])[0, 1] > 0.95
+
+
 def test_contributions_where_training_clips() -> None:
     """One example at a time the factors are exact; in batches an example with a huge gradient shrinks its own step."""
     x_NI = examples()[: len(RATES)].clone()

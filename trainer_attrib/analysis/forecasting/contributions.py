@@ -34,17 +34,17 @@ def contributions(view: View, chosen: Sequence[int]) -> Contributions:
         ConfigurationError: the run's examples cannot be listed.
     """
     rows, gradients = view.run.rows(), view.gradients
-    metric = gradients.metric
-    places = {name: place for name, place in parameters_by_name(view.model).items() if name in metric}
-    directions = {
-        name: torch.stack([view.slope(number)[name] * metric[name] for number in chosen]).to(place)
-        for name, place in places.items()
-    }
+    places = {name: place for name, place in parameters_by_name(view.model).items() if name in gradients.mean}
+    slopes = {name: torch.stack([view.slope(number)[name] for number in chosen]).to(place.dtype)
+              for name, place in places.items()}  # fmt: skip
     values, squares = np.zeros((len(chosen), len(rows))), torch.zeros(len(rows), dtype=torch.float64)
     for number in progress(range(len(rows)), "contributions"):
         found = torch.autograd.grad(view.run.example_loss(number), list(places.values()), allow_unused=True)
-        pairs = zip(directions.values(), found, strict=True)
-        dots = [_dots(direction, gradient) for direction, gradient in pairs if gradient is not None]
+        dots = [
+            _dots(slopes[name], gradients.of_example(name, gradient, len(rows), view.run.batch_size))
+            for name, gradient in zip(places, found, strict=True)
+            if gradient is not None
+        ]
         values[:, number] = -torch.stack(dots).sum(0).numpy() / len(rows)
         squares[number] = sum(float(gradient.double().square().sum()) for gradient in found if gradient is not None)
     values *= gradients.clipping.of_examples(squares, view.run.batch_size).numpy()
@@ -60,6 +60,6 @@ def contributions(view: View, chosen: Sequence[int]) -> Contributions:
     return Contributions(names, tuple(rows), values, tuple(caveats))
 
 
-def _dots(direction_K: Tensor, gradient: Tensor) -> Tensor:
-    """Inner products with K directions, float64 [K] on the CPU."""
-    return (direction_K.flatten(1) @ gradient.flatten()).double().cpu()
+def _dots(slopes_K: Tensor, jump: Tensor) -> Tensor:
+    """Inner products with K slopes, float64 [K]."""
+    return (slopes_K.flatten(1) @ jump.flatten()).double()

@@ -83,11 +83,27 @@ class GradientPass:
         over sqrt(mean of the squares) + epsilon for an optimizer of Adam's kind.
 
         Second moments are those of batches, signal and noise: that of the mean gradient alone would move noisy weights
-        too far.
+        too far. Zero where no batch has a gradient.
         """
         if self.epsilon is None:
             return {name: torch.full_like(g, self.rates[name]) for name, g in self.mean.items()}
-        return {name: self.rates[name] / (self.square[name].sqrt() + self.epsilon) for name in self.mean}
+        metric = {name: self.rates[name] / (self.square[name].sqrt() + self.epsilon) for name in self.mean}
+        return {name: value.masked_fill_(self.square[name] == 0, 0.0) for name, value in metric.items()}
+
+    def of_example(self, name: str, gradient: Tensor, examples: int, batch_size: int) -> Tensor:
+        """The metric times one example's own gradient of a weight, in the gradient's precision, on the CPU.
+
+        Where part of the batches was looked at, the example may not be among them, and a weight that only it moves has
+        no second moment: its own batches then count in the mean square, 1 in examples / batch_size of them, in which
+        it is a part of 1 / batch_size.
+        """
+        found = gradient.cpu()
+        if self.epsilon is None:
+            return self.rates[name] * found
+        square = self.square[name]
+        if self.share < 1:
+            square = square + found.square() / (examples * batch_size)
+        return torch.where(square > 0, self.rates[name] / (square.sqrt() + self.epsilon), 0.0) * found
 
     @property
     def warm(self) -> Displacement:
