@@ -4,7 +4,7 @@ process or several, each of which records its part of every batch. Offline, in s
 Three kinds of points; somebody labelled a corner of the first kind wrongly.
 
     python examples/accelerate_loop.py [ledger]
-    torchrun --nproc-per-node 2 examples/accelerate_loop.py [ledger]   # or accelerate launch
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py [ledger]
 """
 
 from __future__ import annotations
