@@ -19,6 +19,8 @@ from trainer_attrib.analysis.stage_effects import METHODS
 from trainer_attrib.cli import main
 from trainer_attrib.command_line import effects, forecasts
 from trainer_attrib.integrations.given_data import load_model
+from trainer_attrib.ledger.kept import Answers
+from trainer_attrib.ledger.reader import Ledger
 
 TAUGHT = {"first": "w9", "second": "w10"}
 """What each stage teaches the model to say after w1."""
@@ -93,6 +95,19 @@ def test_effects_are_those_of_the_analyzer(asked, capsys):
     assert told == json.loads(json.dumps(found.to_dict()))
     changes = {row["stage"]: row["effect"] for row in told["rows"] if row["behavior"] == "w10, not w9"}
     assert changes["second"] > 1  # it taught w10
+
+
+def test_effects_are_kept_for_a_second_look(asked, capsys, monkeypatch):
+    """Asked again, the answer comes out of the ledger; another question is another answer."""
+    one = ("--prompt", "w2 w14 w20 ", "--completion", "w10", "--method", "change")
+    told = answer(capsys, asked, "effects", *one)
+    before = Answers(Ledger(asked / "ledger").storage).listed()
+    assert "Effects of stages: w2 w14 w20 w10" in [head["title"] for head in before]
+    with monkeypatch.context() as without:
+        without.setattr(Analyzer, "stage_effects", None)
+        assert answer(capsys, asked, "effects", *one) == told
+    assert answer(capsys, asked, "effects", *one[:-1], "subtract") != told
+    assert len(Answers(Ledger(asked / "ledger").storage).listed()) == len(before) + 1
 
 
 def test_effects_print_a_table_and_write_a_page(asked, capsys):

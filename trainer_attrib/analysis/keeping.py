@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer_attrib.analysis.results import Result
 from trainer_attrib.errors import ConfigurationError
-from trainer_attrib.ledger.kept import Answers
+from trainer_attrib.ledger.kept import Answers, key_of
 from trainer_attrib.ledger.reader import Ledger
 
 
@@ -36,6 +36,12 @@ def keep(
     scores = next((table for table in (result.all_scores() for result in results) if table is not None), None)
     parts = [{"kind": result.kind, **result.shown()} for result in results]
     return Answers((ledger if isinstance(ledger, Ledger) else Ledger(ledger)).storage).keep(title, parts, asked, scores)
+
+
+def recall(ledger: Ledger, asked: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The parts of the answer to a question, if it was kept."""
+    answers = Answers(ledger.storage)
+    return answers.read(key_of(asked))["parts"] if answers.has(key_of(asked)) else None
 
 
 def _words(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,17 @@ class StageEffects(Result):
     def shown(self) -> dict[str, Any]:
         """As :meth:`to_dict`, and the means over the queries."""
         return {**self.to_dict(), "means": [asdict(row) for row in self.summary()]}
+
+    @staticmethod
+    def of_shown(part: Mapping[str, Any]) -> StageEffects:
+        """What :meth:`shown` was made of; numbers that JSON has no words for are NaN."""
+        known: list[dict[str, Any]] = [
+            {name: float("nan") if value is None else value for name, value in row.items()} for row in part["rows"]
+        ]
+        rows = (Effect(**row) for row in known)
+        fields = ("behavior", "method", "whole", "explained")
+        sums = (Interaction(**{name: found[name] for name in fields}) for found in part["interactions"])
+        return StageEffects(tuple(rows), tuple(part["caveats"]), tuple(sums))
 
     def to_table(self) -> pa.Table:
         """Columns behavior, query, stage, method, read_out, effect, error_bar, reliable, cost."""

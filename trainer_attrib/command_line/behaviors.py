@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 
 def add_behaviors(parser: argparse.ArgumentParser) -> None:
@@ -16,3 +18,22 @@ def add_behaviors(parser: argparse.ArgumentParser) -> None:
     add("--prompts", metavar="FILE", help="JSON lines for --rate: prompt, a text or the messages of a conversation")
     add("--samples", type=int, default=4, help="completions of each prompt (default: %(default)s)")
     add("--max-new-tokens", type=int, default=32, help="of each completion (default: %(default)s)")
+
+
+def asked_behaviors(options: argparse.Namespace) -> dict[str, Any]:
+    """What is asked, JSON-ready: of files, the checksum."""
+    from trainer_attrib.ledger.storage import digest
+
+    names = ("prompt", "completion", "alternative", "rate", "samples", "max_new_tokens")
+    files = {
+        name: digest(Path(file).read_bytes()) for name in ("queries", "prompts") if (file := getattr(options, name))
+    }
+    return {name: getattr(options, name) for name in names} | files
+
+
+def title_of(options: argparse.Namespace) -> str:
+    """What is asked, for people."""
+    if options.prompt is not None:
+        other = f" rather than{options.alternative}" if options.alternative else ""
+        return f"{options.prompt}{options.completion or ''}{other}"
+    return ", ".join([*([Path(options.queries).name] if options.queries else []), *(options.rate or [])])

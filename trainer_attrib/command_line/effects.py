@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 
-from trainer_attrib.command_line.behaviors import add_behaviors
+from trainer_attrib.command_line.behaviors import add_behaviors, asked_behaviors, title_of
 from trainer_attrib.command_line.command import (
     DONE,
     Commands,
@@ -14,7 +15,7 @@ from trainer_attrib.command_line.command import (
     extra,
     print_json,
 )
-from trainer_attrib.errors import MissingProgramError
+from trainer_attrib.errors import LedgerNotWritableError, MissingProgramError
 
 METHODS = ("auto", "change", "subtract", "first_order", "shadow", "propagate", "replay", "retrain")
 """In the order of the help; a test holds them against those of the analyzer."""
@@ -43,14 +44,25 @@ def _effects(options: argparse.Namespace) -> int:
         from trainer_attrib.integrations.given_behaviors import given_behaviors
         from trainer_attrib.integrations.given_data import load_model
     from trainer_attrib.analysis.analyzer import Analyzer
+    from trainer_attrib.analysis.keeping import keep, recall
+    from trainer_attrib.analysis.results import StageEffects
+    from trainer_attrib.analysis.training_state import fingerprint_of
+    from trainer_attrib.ledger.kept import state_of
 
     model, tokenizer = load_model(options.model)
     behaviors = given_behaviors(options, tokenizer)
     analyzer = Analyzer(options.ledger, model)
-    try:
-        found = analyzer.stage_effects(behaviors, options.method)
-    except MissingProgramError:
-        raise _without_programs(options) from None
+    asked = {"effects": asked_behaviors(options), "methods": options.method, "model": fingerprint_of(model),
+             "state": state_of(analyzer.ledger.stages())}  # fmt: skip
+    if known := recall(analyzer.ledger, asked):
+        found = StageEffects.of_shown(known[0])
+    else:
+        try:
+            found = analyzer.stage_effects(behaviors, options.method)
+        except MissingProgramError:
+            raise _without_programs(options) from None
+        with suppress(LedgerNotWritableError):  # it is an answer even where it cannot be kept
+            keep(analyzer.ledger, found, title=f"Effects of stages: {title_of(options)}", asked=asked)
     print_json(found.to_dict()) if options.json else print(found)
     if options.report:
         page = analyzer.report(options.report, found)

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from trainer_attrib.explorer.example_map import example_map
 from trainer_attrib.explorer.example_table import Conditions, ExampleTable, number
-from trainer_attrib.ledger.kept import Answers, key_of
+from trainer_attrib.ledger.kept import Answers, key_of, state_of
 from trainer_attrib.ledger.overview import overview
 from trainer_attrib.ledger.reader import Ledger
 
@@ -41,7 +41,7 @@ class Catalog:
     @cached_property
     def state(self) -> str:
         """Changes when something is recorded."""
-        return key_of({stage.name: stage.part_counts() for stage in self.ledger.stages()})
+        return state_of(self.ledger.stages())
 
     def data(self, path: str, asked: Mapping[str, str]) -> dict[str, Any]:
         """What the page at an address shows.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer_attrib.errors import ConfigurationError, LedgerNotFoundError
+from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.ledger.schema import FORMAT, check_format
 from trainer_attrib.ledger.storage import Storage, digest, json_ready
 
@@ -85,6 +86,11 @@ class Answers:
             for a in found
         ]
         return sorted(heads, key=lambda head: head["made"], reverse=True)
+
+
+def state_of(stages: Iterable[StageReader]) -> str:
+    """A fingerprint of what is recorded: answers to the same question about another state are others."""
+    return key_of({stage.name: stage.part_counts() for stage in stages})
 
 
 def key_of(asked: Mapping[str, Any]) -> str:
