@@ -38,7 +38,7 @@ class Watched:
 
     def __init__(self, page: Any, allowed: str) -> None:
         self.page, self.wrong, self._allowed = page, list[str](), allowed
-        page.on("console", lambda said: said.type in ("error", "warning") and self.wrong.append(said.text))
+        page.on("console", lambda said: said.type == "error" and self.wrong.append(said.text))
         page.on("pageerror", lambda error: self.wrong.append(str(error)))
         page.on("request", self._asked)
         page.on("dialog", lambda dialog: self.wrong.append(f"dialog {dialog.message}") or dialog.dismiss())

@@ -82,7 +82,7 @@ def test_stage_effects_are_a_waterfall_and_a_heat_map(served: Served, watched: A
 def test_influence_is_shown_filtered_and_highlighted(served: Served, watched: Any, answers: dict[str, str]) -> None:
     one = watched(served.url)
     page = one.open(f"{served.url}#/0/answers/{key(answers, 'Who taught the planted wrong capitals (tr')}", ".card")
-    assert page.get_by_text("Over training").count() == 1
+    assert page.locator("figcaption", has_text="Over training").count() == 1
     assert "2,635 examples" in page.get_by_text("Recipe trackstar").inner_text()
     one.shot("influence")
     page.get_by_label("Source", exact=True).select_option("=planted")
@@ -169,7 +169,7 @@ def test_two_recipes_side_by_side(served: Served, watched: Any, answers: dict[st
     one = watched(served.url)
     left, right = (key(answers, f"Who taught the planted wrong capitals ({name}") for name in ("grad_cos", "grad_dot"))
     page = one.open(f"{served.url}#/0/compare?a=0/{left}&b=1/{right}", ".card")
-    assert "are in both" in page.locator("#main .note").first.inner_text()
+    assert page.get_by_text("are in both").count() == 1
     assert page.locator(".sides section").count() == 4
     assert page.locator(".card.shared").count() > 0
     one.shot("compare")
@@ -197,8 +197,8 @@ def test_a_question_to_the_model_is_answered_and_kept(served: Served, watched: A
     page.wait_for_selector(".card", timeout=120_000)
     assert page.locator("h1").inner_text() == "The capital of Peru is Lima rather than Quito"
     assert "Peru" in page.locator(".card .text").first.inner_text()
-    kept = Answers(Ledger(demo / "ledger").storage).listed()[0]
-    assert kept["title"] == "The capital of Peru is Lima rather than Quito"
+    kept = Answers(Ledger(demo / "ledger").storage).listed()
+    assert "The capital of Peru is Lima rather than Quito" in [head["title"] for head in kept]
 
 
 def test_the_keyboard_reaches_the_page(served: Served, watched: Any) -> None:
@@ -208,7 +208,7 @@ def test_the_keyboard_reaches_the_page(served: Served, watched: Any) -> None:
     for _ in range(3):
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.activeElement.id === 'main' || document.activeElement.tagName === 'A'")
+    page.wait_for_function("() => document.activeElement.id === 'main' || document.activeElement.tagName === 'A'")
     unnamed = """[...document.querySelectorAll('button, a, input, select, textarea, svg[role=img], canvas')].filter(
         e => !(e.innerText || e.getAttribute('aria-label') || e.labels?.length || e.title)).map(e => e.outerHTML)"""
     for view in ("ledger", "answers", "examples", "map", "compare", "ask"):
@@ -257,7 +257,8 @@ def test_hostile_texts_are_shown_and_never_run(watched: Any, tmp_path: Path, liv
     ledger, _, keys = answered(tmp_path)
     with Served(explorer_of([ledger])) as served:
         root = served.url if live else write_report(ledger, tmp_path / "r.html", HOSTILE[0]).as_uri()
-        page = watched(root).open(f"{root}#/0/examples", ".card")
+        one = watched(root)
+        page = one.open(f"{root}#/0/examples", ".card")
         texts = "\n".join(page.locator(".card .text").all_inner_texts())
         for text in HOSTILE[:3]:
             assert text in texts
@@ -271,6 +272,9 @@ def test_hostile_texts_are_shown_and_never_run(watched: Any, tmp_path: Path, liv
             assert page.locator("h1").count() == 1
         page.goto(f"{root}#/0/answers/<img src=x onerror=alert(1)>")
         page.wait_for_selector(".error")
+        if live:  # the browser itself tells of an address that is refused
+            assert [text for text in one.wrong if "status of 400" in text] == one.wrong
+            one.wrong.clear()
         assert "owned" not in page.title().replace(HOSTILE[0], "").replace("document.title = 'owned'", "")
         assert page.locator("main script, main img, main iframe").count() == 0
         page.goto("about:blank")

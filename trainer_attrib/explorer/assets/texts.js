@@ -87,6 +87,7 @@
     if (word) TA.highlight(word.toLowerCase() === (TA.highlighted || "").toLowerCase() ? "" : word);
   });
 
-  TA.marker = () => TA.h("label", {}, TA.h("span", {}, "Highlight (or click a word) ", TA.h("output", { id: "marked" })),
-    TA.h("input", { id: "mark", type: "search", value: TA.highlighted || "", input: TA.later((event) => TA.highlight(event.target.value)) }));
+  TA.marker = () => [
+    TA.h("label", {}, "Highlight (or click a word)", TA.h("input", { id: "mark", type: "search", value: TA.highlighted || "", input: TA.later((event) => TA.highlight(event.target.value)) })),
+    TA.h("span", { id: "marked", class: "note", role: "status" })];
 })();

@@ -22,7 +22,7 @@ TA.views.compare = async (main, { ledger, params }) => {
     TA.highlight();
   };
   const set = (name) => (value) => { if (name === "a") a = value; else b = value; TA.remember({ [name]: value }); draw(); };
-  tools.append(TA.select("Left", choices, a, set("a")), TA.select("Right", choices, b, set("b")), TA.marker());
+  tools.append(TA.select("Left", choices, a, set("a")), TA.select("Right", choices, b, set("b")), ...TA.marker());
   main.append(tools, place);
   await draw();
 
