@@ -13,7 +13,7 @@ TA.margin = (names, least = 60) => Math.min(300, Math.max(least, 12 + 6.6 * Math
 TA.bars = (title, rows, unit, more = {}) => {
   const placed = rows.map((row, place) => ({ ...row, place }));
   return TA.chart(title, {
-    width: 720, height: 46 + 22 * rows.length, marginLeft: TA.margin(rows.map((r) => r.name)), marginRight: 60,
+    width: more.width || 720, height: 46 + 22 * rows.length, marginLeft: TA.margin(rows.map((r) => r.name)), marginRight: 60,
     x: { label: unit || null, grid: true }, y: { domain: d3.range(rows.length), label: null, tickFormat: (place) => TA.short(rows[place].name, 42) },
     marks: [
       Plot.barX(placed, { y: "place", x1: 0, x2: "value", fill: (r) => TA.sign(r.value), fillOpacity: (r) => (r.certain === false ? 0.35 : 0.85), insetTop: 3, insetBottom: 3 }),

@@ -31,6 +31,7 @@ TA.reshaper = (rows, contributions) => {
   let behavior = behaviors.includes(params.reshape) ? params.reshape : behaviors[0], share = Math.min(50, Math.max(0, Number(params.without) || 0));
   const said = TA.h("p", { class: "note", role: "status" }), chart = TA.h("div"), lists = TA.h("div", { class: "sides" });
   const slider = TA.h("input", { type: "range", min: 0, max: 50, step: 0.5, value: share, "aria-label": "share of the examples taken away, per cent", input: () => { share = Number(slider.value); TA.remember({ without: share || null }); draw(); } });
+  const percent = TA.h("span");
   const order = () => { const v = contributions.values[contributions.behaviors.indexOf(behavior)]; return d3.range(v.length).sort((a, b) => v[b] - v[a]); };
   const draw = () => {
     const first = order(), count = Math.round((share / 100) * contributions.examples), gone = first.slice(0, count);
@@ -40,6 +41,7 @@ TA.reshaper = (rows, contributions) => {
       const sum = contributions.sums[at], left = d3.sum(gone, (i) => contributions.values[at][i]);
       return [row.behavior, Math.abs(sum) > 1e-12 ? row.predicted * (1 - left / sum) : row.predicted - left];
     }));
+    percent.textContent = `${share} %`;
     chart.replaceChildren(TA.shifts(rows, "to first order", after));
     said.textContent = `Without the ${TA.shown(count)} of ${TA.shown(contributions.examples)} examples that do most for “${behavior}”: ${TA.signed(rows.find((r) => r.behavior === behavior).predicted)} becomes ${TA.signed(after.get(behavior))}. First order: contributions left out, in proportion to the measured prediction; a plan (forecast.reshape) forecasts again in full.`;
   };
@@ -51,7 +53,7 @@ TA.reshaper = (rows, contributions) => {
   const choose = (value) => { behavior = value; TA.remember({ reshape: value }); draw(); list(); };
   draw(); list();
   return [TA.h("h2", {}, "Who would do it, and what would be left without them"),
-    TA.h("div", { class: "tools" }, TA.select("Behavior", behaviors, behavior, choose), TA.h("label", {}, "Take away the strongest", TA.h("span", {}, slider)), TA.marker(),
+    TA.h("div", { class: "tools" }, TA.select("Behavior", behaviors, behavior, choose), TA.h("label", {}, "Take away the strongest", TA.h("span", {}, slider, " ", percent)), TA.marker(),
       TA.exporter("contributions", () => { const v = contributions.values[contributions.behaviors.indexOf(behavior)]; const some = order().map((i) => ({ behavior, ...contributions.rows[i], contribution: v[i] })); return { data: some, rows: some }; })),
     said, chart, lists];
 };

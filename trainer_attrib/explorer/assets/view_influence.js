@@ -4,7 +4,7 @@ TA.parts.influence = async (part, { ledger, key, name }) => {
   const facets = await TA.get(`${ledger}/facets`), { params } = TA.route();
   let number = Math.min(Math.max(0, Number(params.query) || 0), part.queries.length - 1);
   const query = () => part.queries[number];
-  const overview = TA.h("div"), said = TA.h("p", { class: "note", role: "status" }), lists = TA.h("div", { class: "sides" });
+  const overview = TA.h("div", { class: "charts" }), said = TA.h("p", { class: "note", role: "status" }), lists = TA.h("div", { class: "sides" });
   let shown = { top: [], bottom: [] };
   const filters = TA.filters(facets, () => draw());
   let turn = 0;
@@ -46,7 +46,7 @@ TA.parts.influence = async (part, { ledger, key, name }) => {
     let at = 0;
     for (const stage of stages) { ends.set(stage, at); at += Math.max(...rows.filter((r) => r.stage === stage).map((r) => r.last_step)); }
     return TA.chart("Over training: sum of the scores of each range of steps", {
-      width: 560, height: 200, marginLeft: 58, marginTop: 28, x: { label: "step, stages one after another" }, y: { label: null, grid: true, tickFormat: "~g" },
+      width: 550, height: 215, marginLeft: 58, marginTop: 28, x: { label: "step, stages one after another" }, y: { label: null, grid: true, tickFormat: "~g" },
       marks: [
         Plot.rectY(rows, { x1: (r) => ends.get(r.stage) + r.first_step - 1, x2: (r) => ends.get(r.stage) + r.last_step, y: "sum", fill: (r) => TA.sign(r.sum), insetLeft: 0.5, insetRight: 0.5 }),
         Plot.ruleY([0], { stroke: "var(--dim)" }), Plot.ruleX([...ends.values()], { stroke: "var(--line)" }),
@@ -56,7 +56,7 @@ TA.parts.influence = async (part, { ledger, key, name }) => {
   }
   function sources(rows) {
     const named = rows.filter((r) => r.source).map((r) => ({ ...r, name: `${r.source} (${r.stage})` })).sort((a, b) => Math.abs(b.sum) - Math.abs(a.sum)).slice(0, 12);
-    return named.length ? TA.bars("By source: sum of the scores", named.map((r) => ({ ...r, value: r.sum })), null, { columns: [["source", (r) => r.source], ["stage", (r) => r.stage], ["sum", (r) => r.sum], ["mean", (r) => r.mean], ["rows", (r) => r.count]] }) : null;
+    return named.length ? TA.bars("By source: sum of the scores", named.map((r) => ({ ...r, value: r.sum })), null, { width: 540, columns: [["source", (r) => r.source], ["stage", (r) => r.stage], ["sum", (r) => r.sum], ["mean", (r) => r.mean], ["rows", (r) => r.count]] }) : null;
   }
   function beside(found) {
     if (!found.beside.length) return [];
