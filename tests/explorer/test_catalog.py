@@ -8,15 +8,22 @@ import math
 import numpy as np
 import pytest
 
-from tests.explorer.ledgers import HOSTILE, PLAIN, answered, behaviors, recorded
+from tests.explorer.ledgers import HOSTILE, PLAIN, answered, behaviors, record, recorded
 from trainer_attrib import Analyzer
 from trainer_attrib.analysis.keeping import keep
-from trainer_attrib.errors import ConfigurationError, LedgerError, LedgerNotFoundError, StageNotFoundError
+from trainer_attrib.errors import (
+    ConfigurationError,
+    LedgerError,
+    LedgerNotFoundError,
+    LedgerNotWritableError,
+    StageNotFoundError,
+)
 from trainer_attrib.explorer.catalog import Catalog
 from trainer_attrib.explorer.example_table import Conditions
 from trainer_attrib.explorer.one_file import bundle_of, write_report
 from trainer_attrib.ledger.kept import Answers, key_of
 from trainer_attrib.ledger.reader import Ledger
+from trainer_attrib.ledger.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +133,31 @@ def test_the_report_is_one_file_with_everything(made, tmp_path):
     with pytest.raises(LedgerError):
         write_report(tmp_path / "nowhere", tmp_path / "none.html")
     assert not (tmp_path / "none.html").exists()
+
+
+def test_what_is_recorded_meanwhile_is_seen(tmp_path):
+    """The page stays open while another stage is trained."""
+    ledger, model = recorded(tmp_path)
+    catalog = Catalog(ledger)
+    before, state = len(catalog.examples), catalog.state
+    catalog.data("map/first", {})
+    record(ledger, model, "third", PLAIN)
+    assert len(catalog.examples) == before + len(PLAIN)
+    assert catalog.state != state
+    assert not catalog.has_map("first")  # kept for another state
+    assert [stage["name"] for stage in catalog.data("ledger", {})["stages"]] == ["first", "second", "third"]
+
+
+def test_a_ledger_that_cannot_be_written_is_shown_and_reported(tmp_path, monkeypatch):
+    ledger, _ = recorded(tmp_path)
+
+    def refused(*_: object) -> None:
+        raise LedgerNotWritableError("No.")
+
+    monkeypatch.setattr(Storage, "write", refused)
+    catalog = Catalog(ledger)
+    first = catalog.data("map/first", {})
+    assert catalog.has_map("first")
+    assert catalog.data("map/first", {}) == first
+    assert write_report(ledger, tmp_path / "report.html").exists()
+    assert Answers(catalog.ledger.storage).keys() == []

@@ -2,7 +2,7 @@
 // Everything that was trained on.
 TA.views.examples = async (main, { ledger, params }) => {
   const facets = await TA.get(`${ledger}/facets`), LIMIT = 50;
-  let offset = Number(params.offset) || 0, found, turn = 0;
+  let offset = Number(params.offset) || 0, found, turn = 0, cut = "";
   const list = TA.h("div"), said = TA.h("span", { role: "status" });
   const move = (by) => { offset = Math.max(0, offset + by); TA.remember({ offset: offset || null }); draw(); };
   const [back, on] = [["Previous", -LIMIT], ["Next", LIMIT]].map(([title, by]) => TA.h("button", { click: () => move(by) }, title));
@@ -13,11 +13,11 @@ TA.views.examples = async (main, { ledger, params }) => {
     else {
       const all = await TA.get(`${ledger}/examples`), rows = all.rows.filter((e) => TA.meets(e, filters.now));
       data = { examples: all.rows.length, matching: rows.length, rows: rows.slice(offset, offset + LIMIT) };
-      said.title = all.rows.length < all.examples ? `the report lists ${all.rows.length} of ${all.examples}` : "";
+      cut = all.rows.length < all.examples ? `; the report holds the first ${TA.shown(all.rows.length)} of ${TA.shown(all.examples)}` : "";
     }
     if (mine !== turn) return;
     found = data;
-    said.textContent = found.matching ? `${TA.shown(offset + 1)} to ${TA.shown(Math.min(offset + LIMIT, found.matching))} of ${TA.shown(found.matching)} matching, ${TA.shown(found.examples)} in all` : `none of ${TA.shown(found.examples)} matches`;
+    said.textContent = found.matching ? `${TA.shown(offset + 1)} to ${TA.shown(Math.min(offset + LIMIT, found.matching))} of ${TA.shown(found.matching)} matching, ${TA.shown(found.examples)} in all${cut}` : `none of ${TA.shown(found.examples)} matches`;
     back.disabled = offset === 0; on.disabled = offset + LIMIT >= found.matching;
     list.replaceChildren(TA.h("ol", { class: "cards" }, found.rows.map((e) => TA.card(e))));
     TA.highlight();
