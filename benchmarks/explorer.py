@@ -119,7 +119,7 @@ def main() -> None:
                 rows.append({"what": f"{name}: first paint", "ms": round(float(np.nanmedian(found[1:, 0])))})
                 rows.append({"what": f"{name}: content there", "ms": round(float(np.median(found[1:, 1])))})
             for name, address, told in (
-                ("examples", "#/0/examples", "span[role=status]"), ("answer", f"#/0/answers/{key}", "p[role=status]")
+                ("examples", "#/0/examples", ".told"), ("answer", f"#/0/answers/{key}", ".told")
             ):  # fmt: skip
                 painted(page, served.url + address, ".card")
                 times: dict[str, list[float]] = {}

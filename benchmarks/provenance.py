@@ -110,6 +110,7 @@ TABLES = {
         "hallucination", ("recipe", "AUC", "AUC, same names", "AP"), "task",
         keep=lambda row: row["query"] in ("", "contrast") and row["AUC"] != "",
     ),
+    "explorer": Table("explorer", ("what", "ms")),
     "forecast": Table("forecast", ("predictor", "R2", "R2, slope fitted", "within bar"), "regime"),
 }  # fmt: skip
 

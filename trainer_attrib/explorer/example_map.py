@@ -9,7 +9,7 @@ import numpy as np
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.progress import progress
 
-SAMPLE, GRID = 2000, 1023  # rows that the directions come from; places along either axis
+SAMPLE, GRID = 1000, 1023  # rows that the directions come from; places along either axis
 
 
 def example_map(stage: StageReader) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def _plane(stage: StageReader) -> tuple[np.ndarray, np.ndarray, float]:
         seen += len(block.sketches)
     sample = np.concatenate(kept) if kept else np.zeros((1, max(stage.width, 2)), np.float32)
     mean = sample.mean(0)
-    left, values, _ = np.linalg.svd((sample - mean) @ (sample - mean).T)  # smaller than the rows are wide
+    values, left = np.linalg.eigh((sample - mean) @ (sample - mean).T)  # smaller than the rows are wide
+    values, left = values[::-1].clip(0), left[:, ::-1]
     directions = (sample - mean).T @ left[:, :2]
     directions = directions / np.maximum(np.linalg.norm(directions, axis=0), 1e-12)
     if directions.shape[1] < 2:

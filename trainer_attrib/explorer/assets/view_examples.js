@@ -3,7 +3,7 @@
 TA.views.examples = async (main, { ledger, params }) => {
   const facets = await TA.get(`${ledger}/facets`), LIMIT = 50;
   let offset = Number(params.offset) || 0, found, turn = 0, cut = "";
-  const list = TA.h("div"), said = TA.h("span", { role: "status" });
+  const list = TA.h("div"), said = TA.h("span", { class: "told", role: "status" });
   const move = (by) => { offset = Math.max(0, offset + by); TA.remember({ offset: offset || null }); draw(); };
   const [back, on] = [["Previous", -LIMIT], ["Next", LIMIT]].map(([title, by]) => TA.h("button", { click: () => move(by) }, title));
   const draw = async () => {

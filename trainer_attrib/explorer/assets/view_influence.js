@@ -4,7 +4,7 @@ TA.parts.influence = async (part, { ledger, key, name }) => {
   const facets = await TA.get(`${ledger}/facets`), { params } = TA.route();
   let number = Math.min(Math.max(0, Number(params.query) || 0), part.queries.length - 1);
   const query = () => part.queries[number];
-  const overview = TA.h("div", { class: "charts" }), said = TA.h("p", { class: "note", role: "status" }), lists = TA.h("div", { class: "sides" });
+  const overview = TA.h("div", { class: "charts" }), said = TA.h("p", { class: "note told", role: "status" }), lists = TA.h("div", { class: "sides" });
   let shown = { top: [], bottom: [] };
   const filters = TA.filters(facets, () => draw());
   let turn = 0;
