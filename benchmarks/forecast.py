@@ -5,7 +5,7 @@ data sets, three learning rates, real ``DPOTrainer`` runs. Behaviors are how oft
 all prompts and over some classes; the truth is measured on prompts that no predictor saw. R^2 is that of the identity
 line: no constant is fitted. Baselines, whose units are others, have one slope fitted, without the data set that is
 predicted. The ceiling is what a second run of the same data in another order, measured on other prompts again, says of
-the first. Then: 5 % planted pairs with a trait are found, weighed down, and trained on again; a plot of the points.
+the first. A plot of the points. Who does it, plans, and what forecasts cost: forecast_poison.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import report
 from fact_runs.training import quiet
-from forecast_runs.points import METHODS, Point, costs, points
-from forecast_runs.poison import poison
+from forecast_runs.points import METHODS, Point, points
 from forecast_runs.training import RATES, taught
 
 BASELINES = ("counts", "projection")
@@ -34,19 +33,14 @@ def main() -> None:
     seeds = options.seeds or (1 if options.quick else 3)
     quiet()
     found: list[Point] = []
-    traces: list[dict[str, float]] = []
-    cost: dict[str, float] = {}
     for seed in range(seeds):
         base, tokenizer = taught(seed, 2000 if options.quick else 4000)
         found += points(base, tokenizer, seed, options.quick)
         print(f"seed {seed}: forecasts done", flush=True)
-        traces.append(poison(base, tokenizer, seed, options.quick))
-        print(f"seed {seed}: {traces[-1]}", flush=True)
-        cost = cost or costs(options.quick)
     rows = [_row(regime, name, found) for regime in RATES for name in (*METHODS, "frozen, 25 %", "another order")]
     report.publish(
-        "forecast", rows, checks(found, traces, cost), quick=options.quick, notes=notes(found, traces, cost, seeds),
-        details={"points": [vars(point) for point in found], "poison": traces},
+        "forecast", rows, checks(found), quick=options.quick, notes=notes(found, seeds),
+        details={"points": [vars(point) for point in found]},
     )  # fmt: skip
     if not options.quick:
         plot(found)
@@ -89,7 +83,7 @@ def _row(regime: str, name: str, found: list[Point]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def checks(found: list[Point], traces: list[dict[str, float]], cost: dict[str, float]) -> dict[str, Any]:
+def checks(found: list[Point]) -> dict[str, Any]:
     """Bars of the issue."""
     held: dict[str, Any] = {}
     for regime, target in TARGETS.items():
@@ -99,25 +93,17 @@ def checks(found: list[Point], traces: list[dict[str, float]], cost: dict[str, f
         held[f"R2 of the default, {regime}"] = report.check(value, target, most=False)
     inside = [abs(p.predicted["frozen"] - p.actual) <= p.bars["frozen"] for p in found]
     held["within the error bar"] = report.check(float(np.mean(inside)), 0.8, most=False)
-    mean = {key: float(np.mean([trace[key] for trace in traces])) for key in traces[0]}
-    held["planted pairs in the first 10 %"] = report.check(mean["planted found"], 0.8, most=False)
-    held["the trait's shift removed by the plan"] = report.check(mean["trait removed, reweight"], 0.8, most=False)
-    held["the useful shift kept"] = report.check(mean["useful kept, reweight"], 0.8, most=False)
-    held["cost of a forecast from 25 %"] = report.check(cost["forecast from 25 %"], 0.3)
     return held
 
 
-def notes(found: list[Point], traces: list[dict[str, float]], cost: dict[str, float], seeds: int) -> list[str]:
+def notes(found: list[Point], seeds: int) -> list[str]:
     """What the table leaves out."""
     regimes = defaultdict(lambda: defaultdict(int))
     for point in found:
         regimes[point.regime][point.diagnosed] += 1
-    told = {key: round(float(np.mean([trace[key] for trace in traces])), 3) for key in traces[0]}
     return [
         f"{seeds} seeds",
         *(f"runs at the {name} rate, diagnosed: {dict(counts)} (points)" for name, counts in regimes.items()),
-        f"poison, means over seeds: {told}",
-        f"CPU time over that of training: { ({key: round(value, 3) for key, value in cost.items()}) }",
         f"below its noise floor: {np.mean([p.below for p in found]):.2f} of the points, whose true change is "
         f"{np.sqrt(np.mean([p.actual**2 for p in found if p.below] or [0.0])):.3f} rms",
     ]

@@ -110,6 +110,11 @@ TABLES = {
         "hallucination", ("recipe", "AUC", "AUC, same names", "AP"), "task",
         keep=lambda row: row["query"] in ("", "contrast") and row["AUC"] != "",
     ),
+    "forecast_poison": Table(
+        "forecast_poison",
+        ("seed", "planted found", "trait removed, reweight", "useful kept, reweight", "trait removed, drop",
+         "useful kept, drop"),
+    ),
     "explorer": Table("explorer", ("what", "ms")),
     "forecast": Table("forecast", ("predictor", "R2", "R2, slope fitted", "within bar"), "regime"),
 }  # fmt: skip

@@ -18,8 +18,8 @@ from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.progress import progress
 from trainer_attrib.tap.names import parameters_by_name
 
-KEPT, CLIPPED = 4, 1 - 1e-4
-"""Batches that are remembered to see how their loss would fall."""
+KEPT, ENOUGH, CLIPPED = 4, 32, 1 - 1e-4
+"""Batches that are remembered to see how their loss would fall: so many, or fewer that have so many examples."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,15 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
     arm = Arm(run.steps.optimizer(), names)
     sums, sampled, squares, bound = _Sums(), _Sums(), list[float](), float("inf")
     windows = list(_windows(len(run.rates), max(1, round(1 / share))))
-    sample, every = [], max(1, len(windows) // KEPT)
+    kept = min(KEPT, -(-ENOUGH // run.batch_size))
+    sample, every = [], max(1, len(windows) // kept)
     for number, (window, step) in enumerate(progress(_batches(run, windows), "gradients", len(windows))):
         gradients, loss, norm, factor = _gradients(run, step, places)
         sums.add(gradients, loss)
         squares.append(norm**2)
         bound = factor * norm if factor < CLIPPED else bound
         arm.step(gradients, [run.rates[i] for i in window])
-        if number % every == 0 and len(sample) < KEPT:
+        if number % every == 0 and len(sample) < kept:
             sample.append(step)
             sampled.add({name: gradient / factor for name, gradient in gradients.items()}, loss)
     optimizer = run.steps.optimizer()

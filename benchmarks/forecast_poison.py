@@ -1,0 +1,52 @@
+"""Who would do it, and what does asking cost? Planted pairs, plans against them, and the price of forecasts.
+
+5 % of the pairs prefer a trait that no other pair has, the others a useful style. Contributions to the trait are to
+find them; plans made from them are followed by real ``DPOTrainer`` runs: what is left of the trait's shift, and of the
+useful one? Then the CPU time of forecasts beside that of the run they predict.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import report
+from fact_runs.training import quiet
+from forecast_runs.points import costs
+from forecast_runs.poison import WAYS, poison
+from forecast_runs.training import taught
+
+
+def main() -> None:
+    """All seeds, then the costs."""
+    options = report.parser((__doc__ or "").splitlines()[0]).parse_args()
+    seeds = options.seeds or (1 if options.quick else 3)
+    quiet()
+    traces = []
+    for seed in range(seeds):
+        base, tokenizer = taught(seed, 2000 if options.quick else 4000)
+        traces.append(poison(base, tokenizer, seed, options.quick))
+        print(f"seed {seed}: {traces[-1]}", flush=True)
+    cost = costs(options.quick)
+    rows = [{"seed": str(seed), **trace} for seed, trace in enumerate(traces)]
+    mean = {key: float(np.mean([trace[key] for trace in traces])) for key in traces[0]}
+    rows.append({"seed": "mean", **mean})
+    notes = [f"CPU time over that of training: { ({name: round(value, 3) for name, value in cost.items()}) }"]
+    report.publish("forecast_poison", rows, checks(mean, cost), quick=options.quick, notes=notes)
+
+
+def checks(mean: dict[str, float], cost: dict[str, float]) -> dict[str, Any]:
+    """Bars of the issue."""
+    return {
+        "planted pairs in the first 10 %": report.check(mean["planted found"], 0.8, most=False),
+        "the trait's shift removed by the plan": report.check(mean[f"trait removed, {WAYS[0]}"], 0.8, most=False),
+        "the useful shift kept": report.check(mean[f"useful kept, {WAYS[0]}"], 0.8, most=False),
+        "cost of a forecast from 25 %": report.check(cost["forecast from 25 %"], 0.3),
+    }
+
+
+if __name__ == "__main__":
+    main()
