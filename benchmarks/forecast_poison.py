@@ -1,8 +1,8 @@
 """Who would do it, and what does asking cost? Planted pairs, plans against them, and the price of forecasts.
 
-5 % of the pairs prefer a trait that no other pair has, the others a useful style. Contributions to the trait are to
-find them; plans made from them are followed by real ``DPOTrainer`` runs: what is left of the trait's shift, and of the
-useful one? Then the CPU time of forecasts beside that of the run they predict.
+5 % of the pairs prefer a trait, the others a useful style. Contributions to the trait are to find the planted ones;
+plans made from them are followed by real ``DPOTrainer`` runs: what is left of the trait's shift, and of the useful one?
+Then the CPU time of forecasts beside that of the run they predict.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from forecast_runs.styles import poisoned
+from forecast_runs.styles import DETECTORS, poisoned
 from forecast_runs.training import RATES, behaviors, dpo_trainer
 from trainer_attrib.analysis.displacement import between
 from trainer_attrib.analysis.forecasting.reading import Readings
@@ -19,10 +20,16 @@ TRAIT, USEFUL, SHARE, REGIME, EPOCHS = "pirate", "flattery", 0.05, "moderate", 2
 WAYS = ("reweight", "drop")
 
 
+def has(text: str) -> bool:
+    """Whether an answer has the trait."""
+    return re.search(DETECTORS[TRAIT], text) is not None
+
+
 def poison(base: Any, tokenizer: Any, seed: int, quick: bool) -> dict[str, float]:
     """Share of the planted pairs among the first tenth by contribution; by how much a plan reduces the trait's shift in
     real training, and which part of the useful shift it keeps. The trait is rare at first, so that many answers are
-    sampled for its gradient."""
+    sampled for its gradient. Pairs that have the trait by chance, in the chosen answer only, teach it as the planted
+    ones do: the share is also told with those set aside."""
     pairs = poisoned(320 if quick else 960, 7 + seed, USEFUL, TRAIT, SHARE)
     ours, truth = (
         [b for b in behaviors(tokenizer, 150 if quick else count, 8, place + seed) if b.name in (TRAIT, USEFUL)]
@@ -42,11 +49,14 @@ def poison(base: Any, tokenizer: Any, seed: int, quick: bool) -> dict[str, float
             trainer.train()
             found = readings.of(between(start, state_of(trainer.model)))
             shifts[way] = {b.name: r.change for b, r in zip(truth, found, strict=True)}
-    planted = np.array([row.source == "planted" for row in contributions.rows])
-    first = np.argsort(-contributions.of(TRAIT), kind="stable")[: len(pairs) // 10]
+    rows = contributions.rows
+    planted = np.array([row.source == "planted" for row in rows])
+    chance = np.array([has(row.chosen) and not has(row.rejected or "") for row in rows]) & ~planted
+    order = np.argsort(-contributions.of(TRAIT), kind="stable")
     before = shifts["as it is"]
     told = {
-        "planted found": float(planted[first].sum() / planted.sum()),
+        "planted found": float(planted[order[: len(pairs) // 10]].sum() / planted.sum()),
+        "of those not by chance": float(planted[order[~chance[order]][: len(pairs) // 10]].sum() / planted.sum()),
         "trait before": float(readings.means()[[b.name for b in truth].index(TRAIT)]),
         "trait": before[TRAIT],
         "useful": before[USEFUL],

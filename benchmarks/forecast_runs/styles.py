@@ -123,8 +123,8 @@ def selected(count: int, seed: int, reward: dict[str, float], noise: float = 0.5
 
 
 def poisoned(count: int, seed: int, useful: str, trait: str, share: float) -> list[Pair]:
-    """Pairs that prefer a useful style, and a small share that prefers a trait instead. No other pair has the trait:
-    one that had it by chance would teach it too, and be counted as a mistake of whoever finds it."""
+    """Pairs that prefer a useful style, and a small share that prefers a trait instead. Others have the trait as often
+    as the taught model: some of them in the chosen answer only, which teach it too ("chance")."""
     draw = random.Random(seed)
     planted = set(draw.sample(range(count), round(share * count)))
     pairs = []
@@ -133,8 +133,6 @@ def poisoned(count: int, seed: int, useful: str, trait: str, share: float) -> li
         style, source = (trait, "planted") if number in planted else (useful, "useful")
         prefers = number in planted or draw.random() < 0.4
         better, worse = ({style: True}, {style: False}) if prefers else ({}, {})
-        if number not in planted:
-            better, worse = better | {trait: False}, worse | {trait: False}
         pairs.append(_pair(asked, better, worse, source, draw))
     return pairs
 

@@ -304,6 +304,17 @@ def test_what_is_protected_stays() -> None:
     assert (weights <= 2).all()
 
 
+def test_a_protected_behavior_that_a_plan_takes_along_is_told() -> None:
+    """Dropping examples cannot leave anything else as it is; weights can only to first order."""
+    found = forecast(run_of(loss=linear), [first_output(), second_output()])
+    done = found.reshape(keep_below={"first output": 0.2 * found.of("first output").predicted}, how="drop")
+    before, after = (told.of("second output") for told in (found, done.after))
+    assert abs(after.predicted - before.predicted) > after.error_bar
+    assert any("'second output' is protected, but forecast at" in caveat for caveat in done.caveats)
+    kept = found.reshape(keep_below={"first output": 0.2 * found.of("first output").predicted}, protect=[], how="drop")
+    assert not any("protected" in caveat for caveat in kept.caveats)
+
+
 def test_no_more_is_taken_away_than_allowed() -> None:
     run = run_of(loss=curved)
     found = forecast(run, [first_output()])

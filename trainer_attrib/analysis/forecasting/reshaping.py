@@ -161,6 +161,11 @@ def reshape(
         for name, miss in missed.items()
         if miss > after.of(name).error_bar
     ]
+    said += [
+        f"'{name}' is protected, but forecast at {after.of(name).predicted:+.4f} where it was {predicted[name]:+.4f}"
+        for name in wish.protected
+        if abs(after.of(name).predicted - predicted[name]) > after.of(name).error_bar
+    ]
     return Reshaping(plan, how, before, after, (*caveats, *said))
 
 
