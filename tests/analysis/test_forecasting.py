@@ -306,7 +306,11 @@ def test_what_is_protected_stays() -> None:
 
 def test_a_protected_behavior_that_a_plan_takes_along_is_told() -> None:
     """Dropping examples cannot leave anything else as it is; weights can only to first order."""
-    found = forecast(run_of(loss=linear), [first_output(), second_output()])
+
+    def joined(model: nn.Module, x_NI: Tensor) -> Tensor:
+        return curved(model, x_NI) + nn.functional.softplus(-model(x_NI)[:, 1])
+
+    found = forecast(run_of(loss=joined), [first_output(), second_output()])
     done = found.reshape(keep_below={"first output": 0.2 * found.of("first output").predicted}, how="drop")
     before, after = (told.of("second output") for told in (found, done.after))
     assert abs(after.predicted - before.predicted) > after.error_bar
