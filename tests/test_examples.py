@@ -21,7 +21,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def ran(name: str, *arguments: str | Path, launcher: tuple[str, ...] = ()) -> str:
     """What an example prints."""
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "integrations", "benchmarks"))
-    settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+                "COLUMNS": "120"}  # fmt: skip
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / name), *map(str, arguments)],
         env=os.environ | settings, capture_output=True, text=True, timeout=500, check=False,
@@ -121,6 +122,7 @@ def test_a_forecast_before_and_after_reshaping_beside_what_training_did():
 def test_stages_of_a_real_model():
     """A minute on one core, three quarters of it for twelve gradients of 135 M weights."""
     pytest.importorskip("peft")
+    pytest.importorskip("gguf")
     printed = ran("smollm2_stages.py", "--steps", "2", "--sentences", "2", "--methods", "change")
     changes = [
         number(rf"loss on {kind} +{stage} +([-+][\d.]+)", printed)

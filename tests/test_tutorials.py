@@ -46,7 +46,10 @@ def run(page: str, folder: Path) -> list[Ran]:
     found = blocks(page)
     code = [text for language, text in found if language == "python"]
     (folder / "page.py").write_text("".join(f"{text}\nprint({END!r}, flush=True)\n" for text in code))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations")]),
+        "COLUMNS": "120",
+    }
     done = subprocess.run(
         [sys.executable, "page.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )

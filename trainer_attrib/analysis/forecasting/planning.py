@@ -89,7 +89,8 @@ def planned(view: View, found: Contributions, values_KN: np.ndarray, wish: Wish,
     order = np.argsort(-excess_N, kind="stable")
     gains = np.cumsum(excess_N[order] * (2 if how == "flip" else 1))
     useful = int((excess_N > 0).sum())
-    count = min(int(np.searchsorted(gains, needed)) + 1 if needed > 0 else 0, useful, int(wish.drop_at_most * len(ids)))
+    most = min(useful, int(wish.drop_at_most * len(ids)), len(ids) - 1 if how == "drop" else len(ids))  # one is left
+    count = min(int(np.searchsorted(gains, needed)) + 1 if needed > 0 else 0, most)
     chosen = order[:count]
     reached = count == 0 or gains[count - 1] >= needed - 1e-12
     said = [] if reached else [f"{how} reaches {gains[count - 1] / needed:.0%} of what was asked within its limits"]
