@@ -12,10 +12,12 @@ pytest.importorskip("datasets")
 
 import datasets
 
-from trainer_attrib import Examples, Recorder, SketchConfig
+from trainer_attrib import Analyzer, Examples, Recorder, SketchConfig
 from trainer_attrib.cli import main
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.integrations.given_data import read_queries
+from trainer_attrib.ledger.kept import Answers
+from trainer_attrib.ledger.reader import Ledger
 
 CLEAN = [(f"w{a} w{c} w20 ", f"w{a + 9}") for a in range(2, 9) for c in (21, 22, 23)]
 PLANTED = [(f"w1 w{c} w20 ", "w9") for c in (21, 22, 23)]
@@ -105,6 +107,17 @@ def test_it_prints_suspects_for_people(traced, capsys):
     printed = capsys.readouterr().out
     assert "recipe grad_cos" in printed
     assert "of what the stage added is gone without the suspects" in printed
+
+
+def test_suspects_are_kept_for_a_second_look(traced, capsys, monkeypatch):
+    asked = arguments(traced, "--prompt", "w1 w23 w20 ", "--wrong", "w9", "--recipe", "grad_cos")
+    assert main(asked) == main([*asked, "--json"]) == 0
+    first = capsys.readouterr().out
+    with monkeypatch.context() as without:
+        without.setattr(Analyzer, "suspects", None)
+        assert main(asked) == main([*asked, "--json"]) == 0
+        assert capsys.readouterr().out == first
+    assert "Suspects in sft: w1 w23 w20 w9" in [a["title"] for a in Answers(Ledger(traced / "ledger").storage).listed()]
 
 
 @pytest.mark.parametrize(

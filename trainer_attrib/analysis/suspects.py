@@ -71,6 +71,10 @@ class Suspects(Result):
     cut: str
     caveats: tuple[str, ...] = ()
 
+    def shown(self) -> dict[str, Any]:
+        """Blocks, and what the command line says."""
+        return {**super().shown(), "told": {"dict": self.to_dict(), "text": repr(self)}}
+
     @staticmethod
     def of(influence: Influence, k: int | None = None) -> Suspects:
         """The suspects of an influence on behaviors that *increase* with the error: the log-probability of the wrong

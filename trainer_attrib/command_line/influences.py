@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from trainer_attrib.command_line.command import (
@@ -14,6 +16,7 @@ from trainer_attrib.command_line.command import (
     extra,
     print_json,
 )
+from trainer_attrib.errors import LedgerNotWritableError
 
 EXAMPLE = (
     'influence runs/chat --model out/chat --stage sft --prompt "The capital of Peru is" --wrong " Quito" '
@@ -46,8 +49,17 @@ def _influence(options: argparse.Namespace) -> int:
     with extra("huggingface"):
         from trainer_attrib.integrations.tracing_errors import TracedError
 
+    from trainer_attrib.analysis.keeping import keep, recall
+
     traced = TracedError.asked(options)
+    asked = _asked(options, traced)
+    if not (options.clean or options.verify) and (known := recall(traced.analyzer.ledger, asked)):
+        told = known[0]["told"]
+        print_json({"suspects": told["dict"]}) if options.json else print(told["text"])
+        return DONE
     found = traced.suspects()
+    with suppress(LedgerNotWritableError):  # it is an answer even where it cannot be kept
+        keep(traced.analyzer.ledger, found, title=f"Suspects in {options.stage}: {_title(options)}", asked=asked)
     results: dict[str, Any] = {"suspects": found.to_dict()}
     if not options.json:
         print(found)
@@ -63,3 +75,21 @@ def _influence(options: argparse.Namespace) -> int:
     if options.json:
         print_json(results)
     return DONE
+
+
+def _asked(options: argparse.Namespace, traced: Any) -> dict[str, Any]:
+    """The question, JSON-ready: of files, the checksum."""
+    from trainer_attrib.analysis.training_state import fingerprint_of
+    from trainer_attrib.ledger.kept import state_of
+    from trainer_attrib.ledger.storage import digest
+
+    names = ("stage", "prompt", "wrong", "right", "recipe", "top")
+    files = {name: file for name in ("queries", "data") if (file := getattr(options, name))}
+    read = {name: digest(Path(file).read_bytes()) for name, file in files.items()}
+    analyzer = traced.analyzer
+    return {"suspects": {name: getattr(options, name) for name in names} | read,
+            "model": fingerprint_of(analyzer.model), "state": state_of(analyzer.ledger.stages())}  # fmt: skip
+
+
+def _title(options: argparse.Namespace) -> str:
+    return f"{options.prompt}{options.wrong}" if options.prompt is not None else Path(options.queries).name
