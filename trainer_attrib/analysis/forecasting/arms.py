@@ -42,6 +42,7 @@ class Arm:
                 own = [rate[number] for rate in window]
                 group.update(_merged(self._settings[number], own) if self._merges else {"lr": own[-1]})
             self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)  # given, not kept: they would take the place of the next ones
 
     def displacement(self) -> Displacement:
         """Where the weights are now, as a change of the model's, in their own precision."""

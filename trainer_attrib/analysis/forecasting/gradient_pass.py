@@ -146,6 +146,7 @@ def gradient_pass(run: Run, share: float = 1.0) -> GradientPass:
         if number % every == 0 and len(sample) < kept:
             sample.append(step)
             sampled.add({name: gradient / factor for name, gradient in gradients.items()}, loss)
+        del gradients  # before the next ones are computed
     optimizer = run.steps.optimizer()
     return GradientPass(
         moved=arm.end(),
