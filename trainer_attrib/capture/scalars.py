@@ -19,12 +19,12 @@ def scalars_of(writer: StageWriter, meta: dict[str, Any], overhead: float | None
     - ``loss_of_covered``: mean loss of the steps that have rows, since the last call.
     - ``coverage``: share of the trainable parameters that rows cover.
     """
-    rows, size, losses = writer.so_far()
+    rows, size, loss = writer.so_far()
     known: dict[str, float | None] = {
         "rows": rows,
         "bytes": size,
         "overhead": overhead,
-        "loss_of_covered": sum(losses) / len(losses) if losses else None,
+        "loss_of_covered": loss,
         "coverage": (meta.get("coverage") or {}).get("share"),
     }
     return {PREFIX + name: float(value) for name, value in known.items() if value is not None}

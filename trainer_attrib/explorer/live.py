@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from trainer_attrib.analysis.analyzer import Analyzer
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.forecasting.forecast import Forecast
-from trainer_attrib.analysis.influence import RECIPES
 from trainer_attrib.analysis.keeping import keep
 from trainer_attrib.analysis.training_state import fingerprint_of
 from trainer_attrib.errors import ConfigurationError
@@ -64,8 +63,7 @@ class InfluenceDesk:
 
     def told(self) -> dict[str, Any]:
         """Recipes and stages to choose from."""
-        return {"recipes": [name for name in ROWS if name in RECIPES],
-                "stages": [stage.name for stage in self._analyzer.lineage]}  # fmt: skip
+        return {"recipes": list(ROWS), "stages": [stage.name for stage in self._analyzer.lineage]}
 
     def work(self, fields: Mapping[str, str]) -> Work:
         """``prompt``, ``completion``, and perhaps ``alternative``, ``recipe``, ``stage``.

@@ -38,8 +38,9 @@ class StageWriter:
         self._buffered, self._opened = 0, time.monotonic()
         self._parts = self._sealed_before()
         self._fault: BaseException | None = None
-        self._lock, self._losses = threading.Lock(), list[float]()
-        self._rows, self._bytes = (self.sealed()[kind] for kind in ("rows", "bytes"))
+        sealed = self.sealed()
+        self._lock, self._rows, self._sealed_bytes = threading.Lock(), sealed["rows"], sealed["bytes"]
+        self._loss, self._losses = 0.0, 0  # their sum and number since somebody asked
         self._thread = threading.Thread(target=self._run, name="trainer-attrib-writer", daemon=True)
         self._thread.start()
 
@@ -70,12 +71,13 @@ class StageWriter:
         size = sum(file["bytes"] for part in self._parts for file in part["files"].values())
         return {"bytes": size, **{kind: sum(part[kind] for part in self._parts) for kind in ("steps", "rows")}}
 
-    def so_far(self) -> tuple[int, int, list[float]]:
-        """Rows and bytes up to the last step that the thread has taken in, sealed or about to be, and the losses of the
-        steps with rows since the last call. Waits for nothing."""
+    def so_far(self) -> tuple[int, int, float | None]:
+        """Rows and bytes up to the last step that the thread has taken in, sealed or about to be, and the mean loss of
+        the steps with rows since the last call. Waits for nothing."""
         with self._lock:
-            losses, self._losses = self._losses, []
-            return self._rows, self._bytes, losses
+            loss = self._loss / self._losses if self._losses else None
+            self._loss, self._losses = 0.0, 0
+            return self._rows, self._sealed_bytes + self._buffered, loss
 
     def _sealed_before(self) -> list[dict[str, Any]]:
         """Parts of an earlier attempt at this stage: a resumed stage appends, it never overwrites."""
@@ -105,11 +107,10 @@ class StageWriter:
             self._seal()
 
     def _count(self, block: Block) -> None:
-        written = self.sealed()["bytes"] + self._buffered
         with self._lock:
-            self._rows, self._bytes = self._rows + len(block.rows), written
+            self._rows += len(block.rows)
             if block.rows and "loss" in block.step:
-                self._losses.append(block.step["loss"])
+                self._loss, self._losses = self._loss + block.step["loss"], self._losses + 1
 
     def _seal(self) -> None:
         """Write the buffered steps as one part: its files first, then the manifest that makes them count."""
@@ -129,6 +130,7 @@ class StageWriter:
         )
         executed = sum(not block.step.get("skipped") for block in blocks)
         self._parts.append({"rows": len(rows), "steps": executed, "examples": len(examples), "files": files})
+        self._sealed_bytes += sum(file["bytes"] for file in files.values())
         name = f"{self._folder}/{manifest_name(self._rank)}"
         self._storage.write_json(name, {"format": FORMAT, "rank": self._rank, "parts": self._parts})
         self._opened = time.monotonic()

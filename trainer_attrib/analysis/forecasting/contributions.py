@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,16 +36,12 @@ def contributions(view: View, chosen: Sequence[int]) -> Contributions:
     """
     rows, gradients = view.run.rows(), view.gradients
     places = {name: place for name, place in parameters_by_name(view.model).items() if name in gradients.mean}
-    slopes = {name: torch.stack([view.slope(number)[name] for number in chosen]).to(place.dtype)
-              for name, place in places.items()}  # fmt: skip
+    directions = _Directions.of(view, chosen, places, len(rows))
     values, squares = np.zeros((len(chosen), len(rows))), torch.zeros(len(rows), dtype=torch.float64)
     for number in progress(range(len(rows)), "contributions"):
         found = torch.autograd.grad(view.run.example_loss(number), list(places.values()), allow_unused=True)
-        dots = [
-            _dots(slopes[name], gradients.of_example(name, gradient, len(rows), view.run.batch_size))
-            for name, gradient in zip(places, found, strict=True)
-            if gradient is not None
-        ]
+        pairs = zip(places, found, strict=True)
+        dots = [directions.dots(name, gradient) for name, gradient in pairs if gradient is not None]
         values[:, number] = -torch.stack(dots).sum(0).numpy() / len(rows)
         squares[number] = sum(float(gradient.double().square().sum()) for gradient in found if gradient is not None)
     values *= gradients.clipping.of_examples(squares, view.run.batch_size).numpy()
@@ -60,6 +57,44 @@ def contributions(view: View, chosen: Sequence[int]) -> Contributions:
     return Contributions(names, tuple(rows), values, tuple(caveats))
 
 
-def _dots(slopes_K: Tensor, jump: Tensor) -> Tensor:
-    """Inner products with K slopes, float64 [K]."""
-    return (slopes_K.flatten(1) @ jump.flatten()).double()
+@dataclass(frozen=True)
+class _Directions:
+    """What an example's gradient is multiplied by, on the devices of the weights.
+
+    Args:
+        slopes: of K behaviors, [K, ...] by weight; times the metric where all batches were looked at.
+        rates: sums of the learning rates by weight.
+        squares: mean squares of the batches' gradients, only where part of the batches was looked at: an example may
+            not be among them, and a weight that only it moves has none.
+        epsilon: of the optimizer.
+        visits: by how much an example's own square is divided in the mean square of all batches: its own are 1 in
+            N / B of them, in which it is a part of 1 / B.
+    """
+
+    slopes: Mapping[str, Tensor]
+    rates: Mapping[str, float]
+    squares: Mapping[str, Tensor]
+    epsilon: float
+    visits: int
+
+    @staticmethod
+    def of(view: View, chosen: Sequence[int], places: Mapping[str, Tensor], examples: int) -> _Directions:
+        """Of some behaviors."""
+        found, squares = view.gradients, dict[str, Tensor]()
+        metric = found.metric
+        if found.share < 1 and found.epsilon is not None:
+            metric = {name: torch.ones_like(value) for name, value in metric.items()}
+            squares = {name: found.square[name].to(place) for name, place in places.items()}
+        slopes = {
+            name: torch.stack([view.slope(number)[name] * metric[name] for number in chosen]).to(place)
+            for name, place in places.items()
+        }
+        return _Directions(slopes, found.rates, squares, found.epsilon or 0.0, examples * view.run.batch_size)
+
+    def dots(self, name: str, gradient: Tensor) -> Tensor:
+        """Inner products of one example's gradient of a weight, in the optimizer's metric, with K slopes, float64 [K]
+        on the CPU."""
+        if self.squares:
+            square = self.squares[name] + gradient.square() / self.visits
+            gradient = torch.where(square > 0, self.rates[name] / (square.sqrt() + self.epsilon), 0.0) * gradient
+        return (self.slopes[name].flatten(1) @ gradient.flatten()).double().cpu()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.forecasting.arms import Arm, adam_epsilon
@@ -89,21 +89,6 @@ class GradientPass:
             return {name: torch.full_like(g, self.rates[name]) for name, g in self.mean.items()}
         metric = {name: self.rates[name] / (self.square[name].sqrt() + self.epsilon) for name in self.mean}
         return {name: value.masked_fill_(self.square[name] == 0, 0.0) for name, value in metric.items()}
-
-    def of_example(self, name: str, gradient: Tensor, examples: int, batch_size: int) -> Tensor:
-        """The metric times one example's own gradient of a weight, in the gradient's precision, on the CPU.
-
-        Where part of the batches was looked at, the example may not be among them, and a weight that only it moves has
-        no second moment: its own batches then count in the mean square, 1 in examples / batch_size of them, in which
-        it is a part of 1 / batch_size.
-        """
-        found = gradient.cpu()
-        if self.epsilon is None:
-            return self.rates[name] * found
-        square = self.square[name]
-        if self.share < 1:
-            square = square + found.square() / (examples * batch_size)
-        return torch.where(square > 0, self.rates[name] / (square.sqrt() + self.epsilon), 0.0) * found
 
     @property
     def warm(self) -> Displacement:
@@ -193,9 +178,7 @@ def _gradients(run: Run, step: Step, places: Mapping[str, Tensor]) -> tuple[dict
         loss = compute()
         loss.backward()
         total += float(loss.detach())
-    found = {name: place.grad for name, place in places.items() if place.grad is not None}
-    norms = {name: float(gradient.norm()) for name, gradient in found.items()}
-    before = sum(norm * norm for norm in norms.values()) ** 0.5
+    before = _norm(places)
     if not before < float("inf"):
         raise ConfigurationError(
             "A gradient of the run is not finite at its first weights.",
@@ -203,12 +186,14 @@ def _gradients(run: Run, step: Step, places: Mapping[str, Tensor]) -> tuple[dict
             fix="train a step and look at its loss.",
         )
     run.steps.clip()
+    factor = _norm(places) / before if before else 1.0
     found = {name: place.grad for name, place in places.items() if place.grad is not None}
     model.zero_grad(set_to_none=True)  # they are ours now, none is written to again
-    if not before:
-        return found, total, before, 1.0
-    largest = max(norms, key=lambda name: norms[name])  # clipping to a norm multiplies all by the same
-    return found, total, before, float(found[largest].norm()) / norms[largest]
+    return found, total, before, factor
+
+
+def _norm(places: Mapping[str, Tensor]) -> float:
+    return float(nn.utils.get_total_norm([place.grad for place in places.values() if place.grad is not None]))
 
 
 def _sum_of_rates(run: Run, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, float]:

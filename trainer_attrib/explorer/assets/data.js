@@ -22,7 +22,7 @@
     if (!params && known.has(at)) return known.get(at);
     const answer = await fetch(at, { headers: { "x-trainer-attrib": token } });
     const data = await answer.json();
-    if (!answer.ok) throw new Error(data.error || `${answer.status} at ${at}`);
+    if (!answer.ok) throw Object.assign(new Error(data.error || `${answer.status} at ${at}`), { status: answer.status });
     if (answer.status === 202) { await TA.watch(data); return TA.get(path, params); }
     if (!params) known.set(at, data);
     return data;

@@ -9,8 +9,9 @@ TA.views.examples = async (main, { ledger, params }) => {
   const draw = async () => {
     const mine = ++turn;
     let data;
-    if (TA.live) data = await TA.get(`${ledger}/examples`, { ...filters.now, offset, limit: LIMIT });
-    else {
+    if (TA.live) {
+      try { data = await TA.get(`${ledger}/examples`, { ...filters.now, offset, limit: LIMIT }); } catch (error) { said.textContent = error.message; return; }
+    } else {
       const all = await TA.get(`${ledger}/examples`), rows = all.rows.filter((e) => TA.meets(e, filters.now));
       data = { examples: all.rows.length, matching: rows.length, rows: rows.slice(offset, offset + LIMIT) };
       cut = all.rows.length < all.examples ? `; the report holds the first ${TA.shown(all.rows.length)} of ${TA.shown(all.examples)}` : "";

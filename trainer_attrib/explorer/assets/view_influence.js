@@ -12,7 +12,7 @@ TA.parts.influence = async (part, { ledger, key, name }) => {
     const mine = ++turn, asked = Object.keys(filters.now).length > 0;
     let found;
     if (asked && TA.live) {
-      try { found = await TA.get(`${ledger}/answers/${key}/filtered`, { query: number, limit: 20, ...filters.now }); } catch { found = null; }
+      try { found = await TA.get(`${ledger}/answers/${key}/filtered`, { query: number, limit: 20, ...filters.now }); } catch (error) { if (error.status !== 404) { said.textContent = error.message; return; } } // 404: kept without all scores
     }
     if (mine !== turn) return; // a later filter was faster
     const among = found ? `${TA.shown(found.matching)} of ${TA.shown(found.examples)} examples` : asked ? `the ${part.kept} strongest at either end` : `${TA.shown(part.examples)} examples`;
