@@ -51,11 +51,11 @@ def perceptron() -> tuple[nn.Module, Examples]:
 
 def main() -> None:
     options = report.parser((__doc__ or "").splitlines()[0]).parse_args()
-    rounds = 5 if options.quick else 25
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rows, checks = [], {}
-    for make in (language_model, perceptron):
+    for make, quick in ((language_model, 3), (perceptron, 15)):
+        rounds = quick if options.quick else 25
         model, examples = make()
         for correction in ("none", "factored"):
             row = measured(model.eval(), examples, correction, rounds)
