@@ -21,7 +21,7 @@ def example_map(stage: StageReader) -> dict[str, Any]:
     """
     mean, plane, share = _plane(stage)
     last: dict[str, np.ndarray] = {}
-    for block in progress(stage.rows(), f"map of {stage.name}", stage.row_parts()):
+    for block in progress(stage.rows(), f"map of {stage.name}", len(stage.row_parts())):
         at = (np.asarray(block.sketches, np.float32) - mean) @ plane
         last |= dict(zip(block.table["example"].to_pylist(), at, strict=True))
     names = stage.examples()["example"].to_pylist()

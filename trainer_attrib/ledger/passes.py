@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer_attrib.errors import ConfigurationError, CorruptPartError, StageNotFoundError
-from trainer_attrib.ledger.reader import RowBlock, StageReader
+from trainer_attrib.ledger.reader import RowBlock, RowPart, StageReader
 from trainer_attrib.ledger.schema import EXAMPLES, FORMAT, ROWS, check_format
 from trainer_attrib.ledger.storage import digest
 
@@ -84,24 +85,31 @@ class PassFiles:
         """All examples of the pass."""
         return pq.read_table(io.BytesIO(self._storage.read(f"{self._folder}/examples.parquet")))
 
-    def blocks(self) -> Iterator[RowBlock]:
-        """Rows, part by part.
+    def parts(self) -> list[RowPart]:
+        """Where the rows are, part by part."""
+        return [RowPart({**part, "number": n}, self.snapshot) for n, part in enumerate(self.meta.get("parts", []))]
+
+    def block(self, part: RowPart) -> RowBlock:
+        """The rows of one part.
 
         Raises:
             CorruptPartError: a file does not have the length, or a table not the checksum, that was sealed.
         """
-        meta = self.meta
-        for number, part in enumerate(meta["parts"]):
-            table, raw = (f"{self._folder}/part-{number:06d}.{suffix}" for suffix in ("parquet", "raw"))
-            data = self._storage.read(table)
-            sealed = {name.rsplit(".")[-1]: entry for name, entry in part["files"].items()}
-            if digest(data) != sealed["parquet"]["blake2b"] or self._storage.size(raw) != sealed["raw"]["bytes"]:
-                raise CorruptPartError(
-                    f"Part {number} in {self._storage.path(self._folder)} is not what was sealed.",
-                    cause="a file was truncated or changed since.",
-                    fix="remove this folder, and make the pass again.",
-                )
-            yield RowBlock(pq.read_table(io.BytesIO(data)), self._storage.array(raw, meta["dtype"], self.stage.width))
+        number, files = part.entry["number"], part.entry["files"]
+        table, raw = (f"{self._folder}/part-{number:06d}.{suffix}" for suffix in ("parquet", "raw"))
+        data = self._storage.read(table)
+        sealed = {name.rsplit(".")[-1]: entry for name, entry in files.items()}
+        if digest(data) != sealed["parquet"]["blake2b"] or self._storage.size(raw) != sealed["raw"]["bytes"]:
+            raise CorruptPartError(
+                f"Part {number} in {self._storage.path(self._folder)} is not what was sealed.",
+                cause="a file was truncated or changed since.",
+                fix="remove this folder, and make the pass again.",
+            )
+        return RowBlock(pq.read_table(io.BytesIO(data)), self._storage.array(raw, self._dtype, self.stage.width))
+
+    @cached_property
+    def _dtype(self) -> str:
+        return self.meta["dtype"]
 
 
 class PassReader(StageReader):
@@ -125,14 +133,13 @@ class PassReader(StageReader):
         whole = {"sample": 1.0, "every_n_steps": 1, "dtype": self._made[0].meta["dtype"]}
         self.meta = {**self.meta, "sketch": {**self.meta["sketch"], **whole}}
 
-    def row_parts(self) -> int:
-        """Over all passes."""
-        return sum(len(made.meta["parts"]) for made in self._made)
-
-    def rows(self) -> Iterator[RowBlock]:
+    def row_parts(self) -> list[RowPart]:
         """Rows of every example, once for each snapshot; their step is the snapshot's."""
-        for made in self._made:
-            yield from made.blocks()
+        return [part for made in self._made for part in made.parts()]
+
+    def row_block(self, part: RowPart) -> RowBlock:
+        """The rows of one part of one pass."""
+        return next(made for made in self._made if made.snapshot == part.snapshot).block(part)
 
     def examples(self) -> pa.Table:
         """Every example once: example, source, text."""

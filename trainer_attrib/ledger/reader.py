@@ -34,6 +34,14 @@ class RowBlock:
     sketches: np.ndarray
 
 
+@dataclass(frozen=True)
+class RowPart:
+    """Where some rows are: what the manifest lists of a sealed part, and of a pass at which snapshot they were made."""
+
+    entry: dict[str, Any]
+    snapshot: str = ""
+
+
 class StageReader(StageTensors):
     """One recorded stage. Only sealed parts are seen, so a stage can be read while it is being recorded."""
 
@@ -104,9 +112,28 @@ class StageReader(StageTensors):
         """Bytes of the sealed parts and of the snapshots stored in this stage."""
         return sum(entry["bytes"] for _, entry in self._sealed())
 
-    def row_parts(self) -> int:
-        """In how many parts :meth:`rows` come."""
-        return len(self.parts())
+    def row_parts(self) -> list[RowPart]:
+        """Where the stage's rows are, part by part: a part can be read by another process, which is given this."""
+        return [RowPart(part) for part in self.parts() if part["rows"]]
+
+    def row_block(self, part: RowPart) -> RowBlock:
+        """The rows of one part.
+
+        Raises:
+            CorruptPartError: a file does not have the length its manifest says.
+        """
+        entry, dtype = part.entry, self.meta["sketch"]["dtype"]
+        names = {name.rsplit(".", 1)[-1]: name for name in entry["files"] if name.startswith("rows/")}
+        table = self._table(entry, names.pop("parquet"))
+        raw = names.popitem()[1]
+        self._check_length(entry, raw)
+        if entry["files"][raw]["bytes"] != entry["rows"] * self.width * np.dtype(dtype).itemsize:
+            raise self._corrupt(raw, f"its length does not fit {entry['rows']} rows of {self.width} {dtype}")
+        sketches = self._storage.array(f"{self._folder}/{raw}", dtype, self.width)
+        if entry["until"] is not None:
+            counts = np.flatnonzero(table["step"].to_numpy() <= entry["until"])
+            table, sketches = table.take(counts), sketches[counts]
+        return RowBlock(table, sketches)
 
     def rows(self) -> Iterator[RowBlock]:
         """Example rows, part by part.
@@ -114,20 +141,7 @@ class StageReader(StageTensors):
         Raises:
             CorruptPartError: a file does not have the length its manifest says.
         """
-        dtype = self.meta["sketch"]["dtype"]
-        for part in self.parts():
-            if part["rows"]:
-                names = {name.rsplit(".", 1)[-1]: name for name in part["files"] if name.startswith("rows/")}
-                table = self._table(part, names.pop("parquet"))
-                raw = names.popitem()[1]
-                self._check_length(part, raw)
-                if part["files"][raw]["bytes"] != part["rows"] * self.width * np.dtype(dtype).itemsize:
-                    raise self._corrupt(raw, f"its length does not fit {part['rows']} rows of {self.width} {dtype}")
-                sketches = self._storage.array(f"{self._folder}/{raw}", dtype, self.width)
-                if part["until"] is not None:
-                    counts = np.flatnonzero(table["step"].to_numpy() <= part["until"])
-                    table, sketches = table.take(counts), sketches[counts]
-                yield RowBlock(table, sketches)
+        return map(self.row_block, self.row_parts())
 
     def steps(self) -> pa.Table:
         """All executed optimizer steps, in order."""

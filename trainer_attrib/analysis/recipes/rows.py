@@ -120,7 +120,7 @@ class StreamedStage:
         rates, corrected = self.rates, bool(self.reader.meta["versions"])
         passes = None if where is None else where.of_stage(self.reader.sources)
         blocks = self.reader.rows()
-        total = self.reader.row_parts()
+        total = len(self.reader.row_parts())
         for block in progress(blocks, f"{title} {self.reader.name}", total):
             versions, complete = block.table["version"].to_numpy(), block.table["complete"].to_numpy()
             wanted = np.ones(len(versions), bool) if passes is None else passes(block.table)
