@@ -17,7 +17,7 @@ PACKAGE = ROOT / "trainer_attrib"
 SHELLS = ROOT / "integrations" / "trainer_attrib_integrations"
 FLOORS = {
     "version": 0, "errors": 0, "types": 0, "progress": 0,
-    "numerics": 1,
+    "numerics": 1, "execution": 1,
     "ledger": 2, "tap": 2, "report": 2,
     "capture": 3, "analysis": 3, "evaluation": 3,
     "testing": 4, "integrations": 4, "explorer": 4,

@@ -13,6 +13,7 @@
     │   └── ModelMismatchError    the ledger was recorded from another model
     ├── CaptureError
     │   └── UnsupportedLayerError nothing to capture: no trainable module of a known layer type
+    ├── ExecutionError            a task failed in another process
     ├── CancelledError            whoever watched asked a long piece of work to stop
     └── AnalysisError
         ├── BehaviorError         a behavior that cannot be measured
@@ -95,6 +96,10 @@ class CaptureError(TrainerAttribError):
 
 class UnsupportedLayerError(CaptureError):
     """No trainable module of a known layer type was found."""
+
+
+class ExecutionError(TrainerAttribError):
+    """A task failed in another process."""
 
 
 class AnalysisError(TrainerAttribError):

@@ -8,11 +8,12 @@ import pytest
 
 from tests.analysis.stages import margins, three_stages
 from trainer_attrib import Analyzer
-from trainer_attrib.analysis.recipes import rows as recipe_rows
+from trainer_attrib.analysis.recipes import streamed
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
 from trainer_attrib.analysis.retrieval.ends import Ends, Plan, ends_of, together
 from trainer_attrib.analysis.retrieval.groups import StageSums, source_rows, step_rows
-from trainer_attrib.analysis.retrieval.visits import AllScores
+from trainer_attrib.analysis.retrieval.part_scores import PartSums, top_k
+from trainer_attrib.analysis.retrieval.visits import AllScores, part_sums, part_visits
 from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger import writer
@@ -49,19 +50,35 @@ def definition(parts, sums):
     return np.array(ids), np.array([np.sum(v, 0) if sums else np.mean(v, 0) for v in found.values()]).T
 
 
-def collected(collector, parts, group=slice(None)):
+def summed(table, scores_QN):
+    visits, at = part_visits(table)
+    return PartSums(visits, part_sums(at, len(visits.ids), scores_QN), StageSums("one"))
+
+
+def collected(parts, sums):
+    every = AllScores(QUERIES, sums=sums)
     for table, scores_QN in parts:
-        collector.add(table, scores_QN[group])
-    return collector.found()
+        found = summed(table, scores_QN)
+        every.add(found.visits, found.sums)
+    return every.found()
+
+
+def planned(parts):
+    plan = Plan()
+    for table, _ in parts:
+        plan.add(part_visits(table)[0])
+    return plan
 
 
 def kept(parts, keep, sums, budget=1 << 20):
-    plan = Plan()
-    for table, _ in parts:
-        plan.add(table)
+    plan, found = planned(parts), []
     groups = plan.groups(QUERIES, budget)
-    ends = [Ends(plan, g.stop - g.start, keep, sums) for g in groups]
-    return together([collected(end, parts, group) for end, group in zip(ends, groups, strict=True)]), len(groups)
+    for group in groups:
+        ends = Ends(plan, group.stop - group.start, keep, sums=sums)
+        for part, closed in zip(parts, plan.closed, strict=True):
+            ends.add(top_k(summed(*part), closed, group, keep, sums=sums, groups=False))
+        found.append(ends.found())
+    return together(found), len(groups)
 
 
 def ranked(found, query, k, largest):
@@ -75,7 +92,7 @@ def ranked(found, query, k, largest):
 def test_all_scores_are_the_float64_definition(sums):
     parts = list(parts_of())
     ids, expected = definition(parts, sums)
-    found = collected(AllScores(QUERIES, sums), parts)
+    found = collected(parts, sums)
     assert found.ids == ids.tolist()
     np.testing.assert_array_equal(found.scores, expected.astype(np.float32))
 
@@ -85,7 +102,7 @@ def test_all_scores_are_the_float64_definition(sums):
 @pytest.mark.parametrize(("visits", "sums"), [(1, False), (3, False), (3, True)])
 def test_both_ends_are_the_same_bits_as_all_scores(values, keep, visits, sums):
     parts = list(parts_of(values=values, visits=visits))
-    every = collected(AllScores(QUERIES, sums), parts)
+    every = collected(parts, sums)
     ends, _ = kept(parts, keep, sums)
     assert ends.scores.shape[1] <= 2 * keep
     for query in range(QUERIES):
@@ -106,15 +123,9 @@ def test_sums_of_few_queries_at_a_time_change_nothing():
         assert ranked(whole, query, 6, False) == ranked(split, query, 6, False)
 
 
-def test_of_one_epoch_no_more_sums_are_held_than_a_part_has_rows():
-    plan = Plan()
-    for table, _ in parts_of(examples=600, visits=1, parts=30):
-        plan.add(table)
-    assert plan.open == 20
-    plan = Plan()
-    for table, _ in parts_of(visits=3):
-        plan.add(table)
-    assert 50 < plan.open <= 60
+def test_of_one_epoch_no_sums_are_held_beyond_a_part():
+    assert planned(parts_of(examples=600, visits=1, parts=30)).open == 0
+    assert 50 < planned(parts_of(visits=3)).open <= 60
 
 
 @pytest.mark.parametrize("parts", [1, 4, 60])
@@ -142,7 +153,7 @@ def test_sums_over_sources_and_steps_are_those_of_the_rows():
     sums, everything, labels, steps = StageSums("one"), [], [], []
     for table, scores_QN in parts_of(values="unknown"):
         sources = [None if len(i) == 3 else i[-1] for i in table["example"].to_pylist()]
-        sums.add(sources, table["step"].to_numpy(), scores_QN)
+        sums.add(sources, np.arange(len(sources)), table["step"].to_numpy(), scores_QN)
         everything.append(scores_QN.astype(np.float64))
         labels, steps = labels + sources, steps + table["step"].to_pylist()
     scores, labels, steps = np.concatenate(everything, 1), np.array(labels, dtype=object), np.array(steps)
@@ -226,8 +237,8 @@ def test_a_range_of_steps_scores_only_the_visits_in_it(analyzer):
 
 def test_rows_that_do_not_pass_are_not_read(analyzer, monkeypatch):
     read = []
-    original = recipe_rows.Part.rows
-    monkeypatch.setattr(recipe_rows.Part, "rows", lambda part: read.append(len(part.table)) or original(part))
+    original = streamed.Part.rows
+    monkeypatch.setattr(streamed.Part, "rows", lambda part: read.append(len(part.table)) or original(part))
     found = analyzer.influence([margins()], ["third"], "grad_cos", where=Where(ids=["third/3"], steps=(5, 16)))
     assert read == [1, 1, 1]
     assert len(found.examples) == 1

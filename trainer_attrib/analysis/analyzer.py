@@ -29,8 +29,12 @@ class Analyzer(ExampleQuestions):
     Args:
         ledger: directory or URL that the callbacks recorded to.
         model: the trained model. It is moved while behaviors are measured and is bit-identical afterwards.
+        runner: where work runs: ``"serial"``, here; ``"torchrun"``, in all processes that torchrun started, which
+            all ask the same; ``"ray"``, in actors (extra ``ray``); or a runner object. Answers are the same.
 
     Raises:
+        ConfigurationError: an unknown runner, or ``"torchrun"`` in a process that torchrun did not start.
+        MissingExtraError: ``"ray"`` without the extra.
         LedgerNotFoundError: nothing is recorded there.
         ModelMismatchError: the ledger was recorded from another model.
         StageNotFoundError: no stage ended with the model's weights.

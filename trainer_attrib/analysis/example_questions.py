@@ -103,7 +103,7 @@ class ExampleQuestions(Opened):
         Raises:
             ConfigurationError: another metric, or a stage without comparable rows.
         """
-        return self_influence(self.lineage[-1] if stage is None else self._stage(stage), metric)
+        return self_influence(self.lineage[-1] if stage is None else self._stage(stage), metric, self.runner)
 
     def suspects(
         self,

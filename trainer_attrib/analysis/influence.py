@@ -90,7 +90,7 @@ def _sums_of(stage: StageScores) -> StageSums:
     """Over examples, at the last step of each: the recipe did not score visits."""
     examples = stage.examples
     sums = StageSums(str(examples.stages[0]) if len(examples) else "")
-    sums.add(examples.sources, examples.steps, stage.scores)
+    sums.add(examples.sources, np.arange(len(examples)), examples.steps, stage.scores)
     return sums
 
 

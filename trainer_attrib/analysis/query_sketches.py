@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from trainer_attrib.analysis.behavior import Behavior, evaluating
 from trainer_attrib.errors import AnalysisError, NotComparableError
+from trainer_attrib.execution.runner import Runner, Serial
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.names import parameters_by_name
@@ -21,7 +23,9 @@ Sketcher = Callable[[StageReader, int], Tensor]
 """Stage and version of its second moments -> sketches of all queries, [Q, width]."""
 
 
-def sketch_queries(model: nn.Module, stage: StageReader, version: int, behaviors: Sequence[Behavior]) -> Tensor:
+def sketch_queries(
+    model: nn.Module, stage: StageReader, version: int, behaviors: Sequence[Behavior], runner: Runner | None = None
+) -> Tensor:
     """Sketches of the gradients of every query of every behavior at the model's current weights.
 
     They are scaled by the second moments V of one version, in such units that the product with a row is that of the two
@@ -35,22 +39,40 @@ def sketch_queries(model: nn.Module, stage: StageReader, version: int, behaviors
     Raises:
         NotComparableError: the model has none of the weights.
     """
-    whole = SketchPlan.from_dict(stage.meta["plan"])
-    plan = whole.of_weights(_names(whole) - _missing(model, whole, stage))
-    projections = Projections(plan, model, stage.factors(version), version)
-    tap = ModuleTap(model, plan, projections, _raise)
-    weights = [parameters_by_name(model)[weight.name] for weight in plan.weights]
-    # Compiled code gives sketches to `backward` only, and is not worth compiling for queries.
-    with evaluating(model), _trainable(weights), torch.compiler.set_stance("force_eager"):
-        tap.attach()
-        try:
-            rows = [_sketch(tap, model, weights, b, q) for b in behaviors for q in range(len(b))]
-        finally:
-            tap.detach()
-    sketched = torch.zeros(len(rows), whole.width)
-    for weight, part in zip((w for w in whole.weights if w.name in _names(plan)), plan.weights, strict=True):
-        sketched[:, weight.span] = torch.stack(rows)[:, part.span]
-    return whole.pool(sketched * kept_entries(model, stage)) / projections.unit**2
+    runner = runner or Serial()
+    queries = [(behavior, query) for behavior, asked in enumerate(behaviors) for query in range(len(asked))]
+    size = -(-len(queries) // runner.workers)
+    shares = [queries[at : at + size] for at in range(0, len(queries), size)]
+    return torch.cat(list(runner.map(_QuerySketcher(model, stage, version, behaviors), shares)))
+
+
+@dataclass(frozen=True)
+class _QuerySketcher:
+    """Sketches some of the queries, each by itself: (behavior, query) by number -> [len, width]."""
+
+    model: nn.Module
+    stage: StageReader
+    version: int
+    behaviors: Sequence[Behavior]
+
+    def __call__(self, queries: Sequence[tuple[int, int]]) -> Tensor:
+        model, stage = self.model, self.stage
+        whole = SketchPlan.from_dict(stage.meta["plan"])
+        plan = whole.of_weights(_names(whole) - _missing(model, whole, stage))
+        projections = Projections(plan, model, stage.factors(self.version), self.version)
+        tap = ModuleTap(model, plan, projections, _raise)
+        weights = [parameters_by_name(model)[weight.name] for weight in plan.weights]
+        # Compiled code gives sketches to `backward` only, and is not worth compiling for queries.
+        with evaluating(model), _trainable(weights), torch.compiler.set_stance("force_eager"):
+            tap.attach()
+            try:
+                rows = [_sketch(tap, model, weights, self.behaviors[b], q) for b, q in queries]
+            finally:
+                tap.detach()
+        sketched = torch.zeros(len(rows), whole.width)
+        for weight, part in zip((w for w in whole.weights if w.name in _names(plan)), plan.weights, strict=True):
+            sketched[:, weight.span] = torch.stack(rows)[:, part.span]
+        return whole.pool(sketched * kept_entries(model, stage)) / projections.unit**2
 
 
 def sketch_vectors(

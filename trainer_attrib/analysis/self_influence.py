@@ -10,11 +10,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from trainer_attrib.analysis.recipes.rows import Rows, StreamedStage
+from trainer_attrib.analysis.recipes.streamed import Rows, StreamedStage
 from trainer_attrib.analysis.recipes.trackstar import training_moments
 from trainer_attrib.analysis.results import Result
 from trainer_attrib.analysis.tables import aligned, in_figure, require_matplotlib, shortened
 from trainer_attrib.errors import ConfigurationError
+from trainer_attrib.execution.runner import Runner, Serial
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.numerics.row_curvature import damped_inverse, whiten
 from trainer_attrib.report.blocks import Bar, Bars, Block, Grid, Notes
@@ -81,7 +82,7 @@ class SelfInfluence(Result):
         return aligned(("", "score", "source", f"stage {self.stage}"), cells, self.caveats)
 
 
-def self_influence(stage: StageReader, metric: str) -> SelfInfluence:
+def self_influence(stage: StageReader, metric: str, runner: Runner | None = None) -> SelfInfluence:
     """Mean over an example's captured rows g of g^T (R + damping)^(-1) g, R being the second moments of all rows, layer
     by layer ("fisher"; Koh & Liang 2017, section 5.4, with that Fisher for the Hessian), or of |g|^2 ("plain"; Pruthi
     et al. 2020, equation 1, without learning rates).
@@ -91,7 +92,7 @@ def self_influence(stage: StageReader, metric: str) -> SelfInfluence:
     """
     if metric not in METRICS:
         raise ConfigurationError(f"Unknown metric {metric!r}.", fix=f"use one of {list(METRICS)}.")
-    streamed = StreamedStage(stage, torch.ones(stage.width), metric == "plain")
+    streamed = StreamedStage(stage, torch.ones(stage.width), metric == "plain", runner or Serial())
     spans = SketchPlan.from_dict(stage.meta["plan"]).row_spans
     inverses = [damped_inverse(m, DAMPING) for m in training_moments(streamed, spans)[0].means()]
 
@@ -116,5 +117,5 @@ def self_influence(stage: StageReader, metric: str) -> SelfInfluence:
         for place, at in enumerate(np.argsort(-means, kind="stable"))
     ]  # fmt: skip
     caveats = ["a large self-influence is an odd example, not necessarily a wrong one: look at its loss too"]
-    caveats += [f"{count} rows are left out: {reason}" for reason, count in streamed.left_out.items()]
+    caveats += [f"{count} rows are left out: {reason}" for reason, count in streamed.tally.left_out.items()]
     return SelfInfluence(stage.name, metric, tuple(rows), tuple(caveats))

@@ -31,6 +31,14 @@ class SecondMoments:
             self._totals[number] += block_NK.double().sum(0)
             self._fourth[number] += block_NK.double().square().sum(1).square().sum()
 
+    def merge(self, other: SecondMoments) -> None:
+        """Take in the rows that another has taken in."""
+        self.rows += other.rows
+        self._fourth += other._fourth
+        for mine, theirs in ((self.sums, other.sums), (self._totals, other._totals)):
+            for own, added in zip(mine, theirs, strict=True):
+                own += added
+
     def means(self) -> list[Tensor]:
         """Mean outer product of each block, [K, K] float64."""
         return [total_KK / max(1, self.rows) for total_KK in self.sums]

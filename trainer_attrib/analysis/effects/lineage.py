@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from trainer_attrib.analysis.programs import Program
 from trainer_attrib.analysis.timeline import Timeline
 from trainer_attrib.analysis.training_state import TrainingState, standing
 from trainer_attrib.errors import ConfigurationError
+from trainer_attrib.execution.runner import Runner, Serial
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.names import buffers_by_name, parameters_by_name
 
@@ -23,13 +24,15 @@ Values = list[Tensor]
 
 @dataclass(frozen=True)
 class Lineage:
-    """What every method is given: the model standing at the end of its last stage, and how it came there."""
+    """What every method is given: the model standing at the end of its last stage, how it came there, and where work
+    runs."""
 
     model: nn.Module
     stages: Sequence[StageReader]
     timeline: Timeline
     behaviors: Sequence[Behavior]
     programs: Mapping[str, Program]
+    runner: Runner = field(default_factory=Serial)
 
     def measure(self, state: TrainingState) -> Values:
         """Every behavior with these weights and buffers."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from trainer_attrib.analysis.recipes.proposed import Products
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
-from trainer_attrib.analysis.recipes.rows import Rows, Score, StreamedStage, score_rows
+from trainer_attrib.analysis.recipes.rows import Score, score_rows
+from trainer_attrib.analysis.recipes.streamed import Rows, StreamedStage
 from trainer_attrib.numerics.scores import grad_cos, grad_dot
 from trainer_attrib.numerics.second_moment import root_mean
 

@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from trainer_attrib.analysis.recipes.recipe import Question
-from trainer_attrib.analysis.recipes.rows import Exact, RowRecipe, Rows, StreamedStage
+from trainer_attrib.analysis.recipes.rows import Exact, RowRecipe
+from trainer_attrib.analysis.recipes.streamed import Rows, StreamedStage
 from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss, Index
 from trainer_attrib.analysis.retrieval.visits import Found
 from trainer_attrib.analysis.retrieval.where import Where
@@ -44,11 +45,11 @@ class Products:
         key = (recipe, question.where, *shape) if self.fixed else None
         index = finder.index(stage.reader, key, lambda: _vectors(stage, question, self))
         if index.said is None:
-            index.said = dict(stage.left_out), stage.raw
+            index.said = stage.tally
         proposed = index.propose(self.queries)
         found = exact(replace(question, where=replace(question.where or Where(), ids=proposed)), self, question.queries)
         recall = _recall(question, index, self, finder, found, exact)
-        stage.left_out, stage.raw = index.said
+        stage.tally = index.said
         name = stage.reader.name
         return found, [
             f"stage '{name}': {len(proposed)} examples proposed by an approximate index were scored; {recall}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -57,7 +57,7 @@ class Question:
         """Sketches of all queries as the stage's rows of one second-moment version are scaled, [Q, width]."""
         if self.carried is not None:
             return self.carried(stage, version)
-        return sketch_queries(self.lineage.model, stage, version, self.behaviors)
+        return sketch_queries(self.lineage.model, stage, version, self.behaviors, self.lineage.runner)
 
     def examples_of(self, stage: StageReader, recipe: str) -> Examples:
         """The examples given for a stage.
@@ -74,6 +74,32 @@ class Question:
                 "sketches captured in training (recipe='trackstar').",
             )
         return self.data[stage.name]
+
+
+class Sketches:
+    """Sketches of a question's queries, as a stage's rows of each second-moment version are scaled: [Q, width].
+
+    They are made when they are first asked for. What travels to another process are those of all versions, not the
+    model.
+    """
+
+    def __init__(self, question: Question, stage: StageReader) -> None:
+        self._question, self._stage, self._known = question, stage, dict[int, Tensor]()
+
+    def __call__(self, version: int) -> Tensor:
+        """Of one version."""
+        if version not in self._known:
+            self._known[version] = self._question.sketches(self._stage, version)
+        return self._known[version]
+
+    def complete(self) -> None:
+        """Make those of every version."""
+        for version in range(len(self._stage.meta["versions"]) + 1):
+            self(version)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.complete()
+        return {"_known": self._known}
 
 
 @dataclass(frozen=True)

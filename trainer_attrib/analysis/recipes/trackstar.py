@@ -6,7 +6,7 @@ pretraining", equations 1 to 3 and appendix A.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from trainer_attrib.analysis.recipes.proposed import Products
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
-from trainer_attrib.analysis.recipes.rows import Rows, Score, StreamedStage, score_rows
+from trainer_attrib.analysis.recipes.rows import Score, score_rows
+from trainer_attrib.analysis.recipes.streamed import Comparable, Part, Rows, StreamedStage
 from trainer_attrib.numerics.row_curvature import SecondMoments, inverse_root, mixing_weight, shrunk, whiten
 from trainer_attrib.numerics.scores import grad_cos
 from trainer_attrib.numerics.sketching import unit_rows
@@ -95,10 +96,29 @@ class TrackStar:
 def training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMoments, int]:
     """Second moments of the rows, and the last second-moment version among them."""
     moments, last = SecondMoments(spans), 0
-    for _, rows in stage.stream("curvature of"):
-        moments.add(rows.unit * rows.norms[:, None])
-        last = max(last, rows.version)
+    for found, version in stage.map(AccumulatePart(spans), "curvature of"):
+        moments.merge(found)
+        last = max(last, version)
     return moments, last
+
+
+@dataclass(frozen=True)
+class AccumulatePart:
+    """Sums over the rows of one part, and the last second-moment version among them.
+
+    Args:
+        spans: the columns of each block.
+    """
+
+    spans: Sequence[slice]
+
+    def __call__(self, _: Comparable, parts: Sequence[Part], __: int) -> tuple[SecondMoments, int]:
+        """They do not depend on how many rows there are."""
+        moments = SecondMoments(self.spans)
+        for part in parts:
+            for rows in part.rows():
+                moments.add(rows.unit * rows.norms[:, None])
+        return moments, max((part.version for part in parts), default=0)
 
 
 def _crossing(shared: list[Tensor], train: list[Tensor]) -> float:

@@ -5,43 +5,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 
-from trainer_attrib.analysis.retrieval.visits import Found, Visits, add_rows
+from trainer_attrib.analysis.retrieval.best import best_places
+from trainer_attrib.analysis.retrieval.part_scores import TopK
+from trainer_attrib.analysis.retrieval.visits import Found, PartVisits, Visits, grown
 from trainer_attrib.numerics.scores import rank
 
 BUDGET = 1 << 30  # bytes of running sums
 
 
 class Plan:
-    """What is known of a stage's visits before its sketches are read: when each example's last visit has been.
+    """What is known of a stage's visits before its sketches are read: in which parts each example is.
 
-    Of the scores only the sums of *open* examples are held, which have been visited and will be again. In a stage of
-    one epoch none are; over several epochs all may be, and then the queries are split so that their sums fit a budget,
-    one stream over the rows for each group of them.
+    An example that is in one part only is *closed* there: its score is known when that part is scored. Of others sums
+    are held while they are *open*, between their first part and their last. In a stage of one epoch none are; over
+    several epochs all may be, and then the queries are split so that their sums fit a budget, one stream over the rows
+    for each group of them.
     """
 
     def __init__(self) -> None:
-        self.visits, self.numbers, self._blocks = Visits(), list[np.ndarray](), 0
+        self.visits, self.numbers = Visits(), list[np.ndarray]()
         self._first, self._last = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
-    def add(self, table: pa.Table) -> None:
-        """Count a part's rows, in the order in which parts will be scored."""
-        numbers_N = self.visits.add(table)
+    def add(self, part: PartVisits) -> None:
+        """Count a part, in the order in which parts will be scored."""
+        known = len(self.visits.index)
+        numbers_N, block = self.visits.add(part), len(self.numbers)
+        self._first, self._last = (grown(places, len(self.visits.index)) for places in (self._first, self._last))
+        self._first[known:] = block
+        self._last[numbers_N] = block
         self.numbers.append(numbers_N)
-        grow = len(self.visits.index) - len(self._first)
-        self._first = np.pad(self._first, (0, grow), constant_values=self._blocks)
-        self._last = np.pad(self._last, (0, grow))
-        self._last[numbers_N] = self._blocks
-        self._blocks += 1
+
+    @property
+    def closed(self) -> list[np.ndarray]:
+        """Whether each example of each part is in no other part."""
+        alone = self._first == self._last
+        return [alone[numbers_N] for numbers_N in self.numbers]
+
+    def ended(self, part: int) -> np.ndarray:
+        """Which examples of a part are in no later one, their numbers."""
+        numbers_N = self.numbers[part]
+        return numbers_N[self._last[numbers_N] == part]
 
     @property
     def open(self) -> int:
-        """The largest number of examples whose sums have to be held at once."""
-        if not self._blocks:
+        """The largest number of examples that are open at once."""
+        several = self._first != self._last
+        if not several.any():
             return 0
-        begun = np.bincount(self._first, minlength=self._blocks).cumsum()
-        ended = np.bincount(self._last, minlength=self._blocks).cumsum()
+        begun = np.bincount(self._first[several], minlength=len(self.numbers)).cumsum()
+        ended = np.bincount(self._last[several], minlength=len(self.numbers)).cumsum()
         return int((begun - np.concatenate([[0], ended[:-1]])).max())
 
     def groups(self, queries: int, budget: int = BUDGET) -> list[slice]:
@@ -56,90 +69,71 @@ class Ends:
     The sums over an example's visits are made as :class:`AllScores` makes them, so the scores are the same bits.
 
     Args:
-        plan: of all rows that will come.
+        plan: of all parts that will come.
         queries: Q.
         keep: k.
         sums: an example's score is the sum over its visits, not their mean.
     """
 
-    def __init__(self, plan: Plan, queries: int, keep: int, sums: bool) -> None:
-        self._visits, self._numbers, self._sums = plan.visits, iter(plan.numbers), sums
+    def __init__(self, plan: Plan, queries: int, keep: int, *, sums: bool) -> None:
+        self._plan, self._visits, self._keep, self._sums, self._part = plan, plan.visits, keep, sums, 0
         self._ids = np.array(list(plan.visits.index), dtype=object)
-        self._left = plan.visits.counts.copy()
-        self._slots = np.full(len(self._left), -1, np.int64)
+        self._slots = np.full(len(self._ids), -1, np.int64)
         self._free = list(range(plan.open))[::-1]
         self._open_SQ = np.zeros((plan.open, queries))
-        self._held = [[_End(self._ids, keep, largest) for largest in (True, False)] for _ in range(queries)]
+        nothing: tuple[np.ndarray, np.ndarray] = np.zeros((queries, 0), np.float32), np.zeros((queries, 0), np.int64)
+        self._held = [nothing, nothing]  # scores and numbers of the largest, of the smallest
 
-    def add(self, table: pa.Table, scores_QN: np.ndarray) -> None:
-        """See :meth:`Collector.add`."""
-        numbers_N = next(self._numbers)
-        here, visits = np.unique(numbers_N, return_counts=True)
-        new = here[self._slots[here] < 0]
+    def add(self, part: TopK) -> None:
+        """Take in the answer of the next part."""
+        numbers_N = self._plan.numbers[self._part]
+        open_M = numbers_N[part.open]
+        new = open_M[self._slots[open_M] < 0]
         self._slots[new] = [self._free.pop() for _ in range(len(new))]
-        add_rows(self._open_SQ, self._slots[numbers_N], scores_QN)
-        self._left[here] -= visits
-        self._close(here[self._left[here] == 0])
+        self._open_SQ[self._slots[open_M]] += part.open_sums
+        ended = self._plan.ended(self._part)
+        ended = ended[self._slots[ended] >= 0]
+        slots = self._slots[ended]
+        scores_QF = self._visits.means(self._open_SQ[slots], ended, sums=self._sums)
+        self._open_SQ[slots], self._slots[ended] = 0, -1
+        self._free.extend(slots.tolist())
+        numbers_QF = np.broadcast_to(ended, scores_QF.shape)
+        for end in range(2):
+            self._offer(end, [part.scores[end], scores_QF], [numbers_N[part.places[end]], numbers_QF])
+        self._part += 1
 
     def found(self) -> Found:
-        """The scores at both ends; NaN where there are fewer than 2k."""
-        kept = [_together(top, bottom) for top, bottom in self._held]
+        """The scores at both ends, each example once; NaN where there are fewer than 2k."""
+        (tops, top_numbers), (bottoms, bottom_numbers) = self._held
+        scores, numbers = np.concatenate([tops, bottoms], 1), np.concatenate([top_numbers, bottom_numbers], 1)
+        kept = [_once(*of_one) for of_one in zip(scores, numbers, strict=True)]
         width = max((len(numbers) for _, numbers in kept), default=0)
-        scores = np.full((len(kept), width), np.nan, np.float32)
-        numbers_QM = np.zeros((len(kept), width), np.int64)
+        shape = len(kept), width
+        scores, numbers_QM = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int64)
         for query, (found, numbers) in enumerate(kept):
             scores[query, : len(found)], numbers_QM[query, : len(found)] = found, numbers
         named = np.unique(np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in kept)]))
         places = np.where(np.isnan(scores), 0, np.searchsorted(named, numbers_QM))
         return Found(list(self._ids[named]), self._visits.last_steps[named], scores, places)
 
-    def _close(self, numbers_F: np.ndarray) -> None:
-        """Offer the final scores of examples that will not be visited again, and forget them."""
-        slots = self._slots[numbers_F]
-        shares_F = np.ones(len(numbers_F)) if self._sums else self._visits.counts[numbers_F]
-        scores_QF = np.ascontiguousarray((self._open_SQ[slots] / shares_F[:, None]).T, np.float32)
-        for ends, scores_F in zip(self._held, scores_QF, strict=True):
-            for end in ends:
-                end.offer(scores_F, numbers_F)
-        self._open_SQ[slots] = 0
-        self._free.extend(slots.tolist())
+    def _offer(self, end: int, scores: list[np.ndarray], numbers: list[np.ndarray]) -> None:
+        """Keep the best of what is held and what comes."""
+        held_scores, held_numbers = self._held[end]
+        scores_QM = np.concatenate([held_scores, *scores], axis=1)
+        numbers_QM = np.concatenate([held_numbers, *numbers], axis=1)
+
+        def ids(query: int, places: np.ndarray) -> np.ndarray:
+            return self._ids[numbers_QM[query, places]].astype(str)
+
+        places = best_places(scores_QM, self._keep, ids, largest=end == 0)
+        self._held[end] = np.take_along_axis(scores_QM, places, 1), np.take_along_axis(numbers_QM, places, 1)
 
 
-class _End:
-    """One end of one query's ranking."""
-
-    def __init__(self, ids: np.ndarray, keep: int, largest: bool) -> None:
-        self._ids, self._keep, self._largest = ids, keep, largest
-        self.scores, self.numbers = np.zeros(0, np.float32), np.zeros(0, np.int64)
-        self._bar = np.float32(-np.inf if largest else np.inf)  # of the scores when k are held
-
-    def offer(self, scores_F: np.ndarray, numbers_F: np.ndarray) -> None:
-        better = scores_F >= self._bar if self._largest else scores_F <= self._bar  # a NaN is neither
-        if not better.any():
-            return
-        self.scores = np.concatenate([self.scores, scores_F[better]])
-        self.numbers = np.concatenate([self.numbers, numbers_F[better]])
-        if len(self.scores) > self._keep:
-            kept = self._best()
-            self.scores, self.numbers = self.scores[kept], self.numbers[kept]
-        if len(self.scores) == self._keep:
-            self._bar = self.scores.min() if self._largest else self.scores.max()
-
-    def _best(self) -> np.ndarray:
-        """Sorting by id is slow, so only what ties at the bar is sorted."""
-        keys = -self.scores if self._largest else self.scores
-        bar = np.partition(keys, self._keep - 1)[self._keep - 1]
-        sure, tied = np.flatnonzero(keys < bar), np.flatnonzero(keys == bar)
-        if len(sure) + len(tied) > self._keep:
-            ids = self._ids[self.numbers[tied]].astype(str)
-            tied = tied[rank(self.scores[tied], ids, self._keep - len(sure), largest=self._largest)]
-        return np.concatenate([sure, tied])
-
-
-def _together(top: _End, bottom: _End) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and numbers of both ends, each example once."""
-    numbers, first = np.unique(np.concatenate([top.numbers, bottom.numbers]), return_index=True)
-    return np.concatenate([top.scores, bottom.scores])[first], numbers
+def _once(scores_M: np.ndarray, numbers_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and numbers of both ends of one query, each example once, without NaN."""
+    known = ~np.isnan(scores_M)
+    numbers, first = np.unique(numbers_M[known], return_index=True)
+    return scores_M[known][first], numbers
 
 
 def ends_of(scores_QN: np.ndarray, ids_N: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:

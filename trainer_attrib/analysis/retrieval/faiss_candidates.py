@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from torch import Tensor
 
+from trainer_attrib.analysis.retrieval.tally import Tally
 from trainer_attrib.errors import ConfigurationError, MissingExtraError
 from trainer_attrib.ledger.reader import StageReader
 
@@ -95,7 +96,7 @@ class Index:
     vectors: InitVar[Vectors]
     candidates: int
     probed: float
-    said: tuple[dict[str, int], int] | None = None  # rows left out by reason, raw rows
+    said: Tally | None = None  # of the rows in it
     recalls: dict[int, str] = field(default_factory=dict)  # by k
 
     def __post_init__(self, vectors: Vectors) -> None:

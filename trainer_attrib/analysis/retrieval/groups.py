@@ -37,6 +37,14 @@ class Sums:
         self.sums[:, places[used]] += np.add.reduceat(sorted_QN, starts, axis=1, dtype=np.float64)
         self.counts[:, places[used]] += sizes
 
+    def merge(self, other: Sums) -> None:
+        """Add the sums of other rows."""
+        places = np.array([self.labels.setdefault(label, len(self.labels)) for label in other.labels], np.int64)
+        if len(places):
+            self._grow(len(other.sums))
+            self.sums[:, places] += other.sums
+            self.counts[:, places] += other.counts
+
     def _grow(self, queries: int) -> None:
         old = self.sums.shape[1]
         if old < len(self.labels) or not len(self.sums):
@@ -54,11 +62,23 @@ class StageSums:
     by_source: Sums = field(default_factory=Sums)
     by_step: Sums = field(default_factory=Sums)
 
-    def add(self, sources: Sequence[str | None], steps: np.ndarray, scores_QN: np.ndarray) -> None:
-        """Take in scores of rows, or of examples, with the source and the step of each."""
+    def merge(self, other: StageSums) -> None:
+        """Add the sums of other rows of the stage."""
+        self.by_source.merge(other.by_source)
+        self.by_step.merge(other.by_step)
+
+    def add(self, sources: Sequence[str | None], of_N: np.ndarray, steps: np.ndarray, scores_QN: np.ndarray) -> None:
+        """Take in scores of rows.
+
+        Args:
+            sources: of some examples.
+            of_N: which of these examples each row is of.
+            steps: of the rows, [N].
+            scores_QN: their scores.
+        """
         names = list(dict.fromkeys(sources))
         numbers = {name: number for number, name in enumerate(names)}
-        self.by_source.add(names, np.array([numbers[source] for source in sources], np.int64), scores_QN)
+        self.by_source.add(names, np.array([numbers[source] for source in sources], np.int64)[of_N], scores_QN)
         found, at_N = np.unique(steps, return_inverse=True)
         self.by_step.add(found.tolist(), at_N, scores_QN)
 

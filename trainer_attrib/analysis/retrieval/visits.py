@@ -1,9 +1,11 @@
-"""The examples of a stage while rows stream by: their numbers, and the sums over their visits in training."""
+"""From scores of rows to scores of examples: the visits of each are summed within a part, then over the parts.
+
+In this order everywhere: the sums are the same bits whichever process scored a part, and whatever is kept of them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +28,37 @@ class Found:
     places: np.ndarray | None = None
 
 
-class Collector(Protocol):
-    """Puts the scores of rows together to scores of examples."""
+@dataclass(frozen=True)
+class PartVisits:
+    """The examples of one part in the order of their first row in it.
 
-    def add(self, table: pa.Table, scores_QN: np.ndarray) -> None:
-        """Take in rows of one part, [N] in the table, and their scores."""
-        ...
+    Args:
+        ids: [N].
+        counts: rows of each, [N].
+        last_steps: of each, [N].
+    """
+
+    ids: list[str]
+    counts: np.ndarray
+    last_steps: np.ndarray
+
+
+def part_visits(table: pa.Table) -> tuple[PartVisits, np.ndarray]:
+    """The examples of some rows, and which of them each row is of, [rows]."""
+    encoded = table["example"].combine_chunks().dictionary_encode()
+    ids, at = encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False)
+    counts, last_steps = np.bincount(at, minlength=len(ids)), np.zeros(len(ids), np.int64)
+    np.maximum.at(last_steps, at, table["step"].to_numpy())
+    return PartVisits(ids, counts, last_steps), at
+
+
+def part_sums(at: np.ndarray, examples: int, scores_QN: np.ndarray) -> np.ndarray:
+    """Sums of the scores of the rows of each example, float64 [examples, Q], in the order of the rows."""
+    if len(at) == examples:  # one row each, in their order
+        return scores_QN.T.astype(np.float64)
+    sums_NQ = np.zeros((examples, len(scores_QN)))
+    np.add.at(sums_NQ, at, scores_QN.T)
+    return sums_NQ
 
 
 @dataclass
@@ -42,19 +69,30 @@ class Visits:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     last_steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def add(self, table: pa.Table) -> np.ndarray:
-        """Count the visits of some rows; returns the number of each row's example."""
-        numbers_N = self.numbers(table)
-        grow = len(self.index) - len(self.counts)
-        self.counts, self.last_steps = np.pad(self.counts, (0, grow)), np.pad(self.last_steps, (0, grow))
-        np.add.at(self.counts, numbers_N, 1)
-        np.maximum.at(self.last_steps, numbers_N, table["step"].to_numpy())
+    def add(self, part: PartVisits) -> np.ndarray:
+        """Count the visits of a part; returns the number of each of its examples. New ones are given the next."""
+        index = self.index
+        numbers_N = np.array([index.setdefault(example, len(index)) for example in part.ids], np.int64)
+        self.counts, self.last_steps = grown(self.counts, len(index)), grown(self.last_steps, len(index))
+        self.counts[numbers_N] += part.counts
+        self.last_steps[numbers_N] = np.maximum(self.last_steps[numbers_N], part.last_steps)
         return numbers_N
 
-    def numbers(self, table: pa.Table) -> np.ndarray:
-        """The number of each row's example; new ones are given the next."""
-        index = self.index
-        return np.array([index.setdefault(example, len(index)) for example in table["example"].to_pylist()], np.int64)
+    def means(self, sums_NQ: np.ndarray, numbers_N: np.ndarray, *, sums: bool) -> np.ndarray:
+        """Scores of examples all of whose visits are summed: their mean, or their sum, float32 [Q, N]."""
+        shares_N = np.ones(len(numbers_N)) if sums else self.counts[numbers_N]
+        return np.ascontiguousarray((sums_NQ / shares_N[:, None]).T, np.float32)
+
+
+def grown(values: np.ndarray, length: int) -> np.ndarray:
+    """The values with zeros after them. Room is doubled, so that adding many parts takes linear time."""
+    if length <= len(values):
+        return values
+    base = values.base if isinstance(values.base, np.ndarray) else values
+    if length > len(base):
+        base = np.zeros((max(length, 2 * len(values)), *values.shape[1:]), values.dtype)
+        base[: len(values)] = values
+    return base[:length]
 
 
 class AllScores:
@@ -65,28 +103,18 @@ class AllScores:
         sums: an example's score is the sum over its visits, not their mean.
     """
 
-    def __init__(self, queries: int, sums: bool) -> None:
+    def __init__(self, queries: int, *, sums: bool) -> None:
         self._sums, self._visits = sums, Visits()
         self._scores_NQ = np.zeros((0, queries))
 
-    def add(self, table: pa.Table, scores_QN: np.ndarray) -> None:
-        """See :meth:`Collector.add`."""
-        numbers_N = self._visits.add(table)
-        known, now = len(self._scores_NQ), len(self._visits.index)
-        if now > known:
-            self._scores_NQ = np.concatenate([self._scores_NQ, np.zeros((now - known, self._scores_NQ.shape[1]))])
-        add_rows(self._scores_NQ, numbers_N, scores_QN)
+    def add(self, part: PartVisits, sums_NQ: np.ndarray) -> None:
+        """Take in the examples of one part and the sums of their rows' scores."""
+        numbers_N = self._visits.add(part)
+        self._scores_NQ = grown(self._scores_NQ, len(self._visits.index))
+        self._scores_NQ[numbers_N] += sums_NQ
 
     def found(self) -> Found:
         """The scores of all examples."""
-        shares_N = np.ones(len(self._visits.counts)) if self._sums else self._visits.counts
-        scores = (self._scores_NQ / shares_N[:, None]).T.astype(np.float32)
+        everything = np.arange(len(self._visits.index))
+        scores = self._visits.means(self._scores_NQ, everything, sums=self._sums)
         return Found(list(self._visits.index), self._visits.last_steps, scores)
-
-
-def add_rows(totals_NQ: np.ndarray, at_N: np.ndarray, scores_QN: np.ndarray) -> None:
-    """Add scores to the totals at these places, in the order of the rows where a place is there twice."""
-    if len(np.unique(at_N)) == len(at_N):
-        totals_NQ[at_N] += scores_QN.T
-    else:
-        np.add.at(totals_NQ, at_N, scores_QN.T)

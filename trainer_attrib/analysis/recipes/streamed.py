@@ -1,0 +1,201 @@
+"""The comparable rows of a stage, part by part: whoever reads a part, the same rows come out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from trainer_attrib.analysis.retrieval.tally import Tally
+from trainer_attrib.analysis.retrieval.where import Where
+from trainer_attrib.execution.runner import Runner, Serial
+from trainer_attrib.ledger.reader import RowBlock, RowPart, StageReader
+from trainer_attrib.numerics.sketching import unit_rows
+from trainer_attrib.progress import progress
+
+Answer = TypeVar("Answer")
+
+CHUNK_BYTES = 4 << 20  # of float32 rows at a time: what a cache holds is multiplied before it leaves it
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one second-moment version.
+
+    Args:
+        unit: unit-norm sketches [N, K], float32.
+        norms: of the examples' loss gradients, [N].
+        reach: how far a unit of each example's gradient moved the weights: learning rate over loss denominator, [N].
+        version: of the second moments.
+    """
+
+    unit: Tensor
+    norms: Tensor
+    reach: Tensor
+    version: int
+
+
+class Part:
+    """Rows of one part of the ledger that have the same second-moment version.
+
+    Args:
+        block: that they are in.
+        at: where in it.
+        version: of the second moments.
+        rates: learning rates by step number.
+        keep: 1 for the columns that are compared, [K].
+    """
+
+    def __init__(self, block: RowBlock, at: np.ndarray, version: int, rates: np.ndarray, keep: Tensor) -> None:
+        whole = len(at) == block.table.num_rows
+        self.table = block.table if whole else block.table.take(at)
+        self._sketches, self._at = block.sketches, None if whole else at
+        self.version, self._keep = version, None if keep.all() else keep
+        self._norms_N = torch.from_numpy(np.array(self.table["norm"].to_numpy(), dtype=np.float32))
+        reach_N = rates[self.table["step"].to_numpy()] / self.table["denominator"].to_numpy()
+        self._reach_N = torch.from_numpy(np.array(reach_N, np.float32))
+
+    def rows(self) -> Iterator[Rows]:
+        """Read the sketches, a few megabytes at a time: a whole part as float32 would go through memory twice.
+
+        torch converts float16 with the processor's instructions for it, numpy value by value: 17 times slower.
+        """
+        step = max(64, CHUNK_BYTES // (4 * max(1, self._sketches.shape[1])))
+        for first in range(0, len(self._norms_N), step):
+            span = slice(first, first + step)
+            chunk = self._sketches[span if self._at is None else self._at[span]]
+            unit_NK, norms_N = torch.from_numpy(chunk).float(), self._norms_N[span]
+            if self._keep is not None:
+                unit_NK, kept_N = unit_rows(unit_NK * self._keep)
+                norms_N = norms_N * kept_N
+            yield Rows(unit_NK, norms_N, self._reach_N[span], self.version)
+
+
+@dataclass
+class Comparable:
+    """Which rows of a stage are compared.
+
+    Args:
+        reader: of the stage.
+        keep: 1 for the columns that are compared, [K].
+        scale_free: whether raw rows, from before the stage's first second moments, can be compared with the others.
+        where: conditions that rows must meet.
+    """
+
+    reader: StageReader
+    keep: Tensor
+    scale_free: bool
+    where: Where | None = None
+
+    def of(self, part: RowPart) -> tuple[list[Part], Tally]:
+        """Those of one part of the ledger, by version; their sketches are not read yet."""
+        block, tally = self.reader.row_block(part), Tally()
+        versions, complete = block.table["version"].to_numpy(), block.table["complete"].to_numpy()
+        wanted = np.ones(len(versions), bool) if self._passes is None else self._passes(block.table)
+        tally.skip("some layers did not fire", int((wanted & ~complete).sum()))
+        return list(self._by_version(block, versions, complete & wanted, tally)), tally
+
+    def _by_version(self, block: RowBlock, versions: np.ndarray, chosen: np.ndarray, tally: Tally) -> Iterator[Part]:
+        for version in np.unique(versions[chosen]):
+            at = np.flatnonzero((versions == version) & chosen)
+            raw = version == 0 and bool(self.reader.meta["versions"])
+            if raw and not self.scale_free:
+                tally.skip("raw rows from before the first second-moment version", len(at))
+                continue
+            tally.raw += raw * len(at)
+            yield Part(block, at, int(version), self._rates, self.keep)
+
+    @cached_property
+    def sources(self) -> dict[str, str | None]:
+        """The data source of every example."""
+        return self.reader.sources()
+
+    @cached_property
+    def _passes(self) -> Callable[[pa.Table], np.ndarray] | None:
+        return None if self.where is None else self.where.of_stage(lambda: self.sources)
+
+    @cached_property
+    def _rates(self) -> np.ndarray:
+        """Learning rates by step number."""
+        return _rates(self.reader)
+
+
+@dataclass(frozen=True)
+class _OnParts(Generic[Answer]):
+    """What a process does with the parts that it is given."""
+
+    rows: Comparable
+    work: Callable[[Comparable, Sequence[Part], int], Answer]
+
+    def __call__(self, numbered: tuple[int, RowPart]) -> tuple[Answer, Tally]:
+        number, part = numbered
+        parts, tally = self.rows.of(part)
+        return self.work(self.rows, parts, number), tally
+
+
+@dataclass
+class StreamedStage:
+    """The comparable rows of a stage, read in order, by this process or by several; see :class:`Comparable`."""
+
+    reader: StageReader
+    keep: Tensor
+    scale_free: bool
+    runner: Runner = field(default_factory=Serial)
+    tally: Tally = field(default_factory=Tally)  # of the last stream
+
+    def map(
+        self,
+        work: Callable[[Comparable, Sequence[Part], int], Answer],
+        title: str,
+        where: Where | None = None,
+    ) -> Iterator[Answer]:
+        """Answers about the parts of the ledger, in order.
+
+        Args:
+            work: of the rows, those of one part, which may be none, and the part's number. It may run elsewhere.
+            title: for the progress bar.
+            where: conditions that rows must meet.
+        """
+        self.tally = Tally()
+        parts = list(enumerate(self.reader.row_parts()))
+        asked = _OnParts(Comparable(self.reader, self.keep, self.scale_free, where), work)
+        for answer, tally in progress(self.runner.map(asked, parts), f"{title} {self.reader.name}", len(parts)):
+            self.tally.add(tally)
+            yield answer
+
+    def stream(self, title: str, where: Where | None = None) -> Iterator[tuple[pa.Table, Rows]]:
+        """Rows of one version, a few at a time, with their table; read here."""
+        self.tally = Tally()
+        rows = Comparable(self.reader, self.keep, self.scale_free, where)
+        for place in progress(self.reader.row_parts(), f"{title} {self.reader.name}"):
+            parts, tally = rows.of(place)
+            self.tally.add(tally)
+            for part in parts:
+                at = 0
+                for chunk in part.rows():
+                    yield part.table.slice(at, len(chunk.norms)), chunk
+                    at += len(chunk.norms)
+
+    @cached_property
+    def described(self) -> pa.Table:
+        """Source and text of the examples."""
+        return self.reader.examples()
+
+
+def _rates(stage: StageReader) -> np.ndarray:
+    """Learning rate of every step, mean over the parameter groups, by step number; for SGD what momentum makes of it
+    in the end."""
+    steps = stage.steps().select(["step", "learning_rate", "beta1"]).to_pylist()
+    sgd = any(optimizer["class"].endswith(".SGD") for optimizer in stage.meta["optimizers"])
+    rates = np.zeros(1 + max((row["step"] for row in steps), default=0))
+    for row in steps:
+        momenta = row["beta1"] if sgd else [0.0] * len(row["learning_rate"])
+        pairs = zip(row["learning_rate"], momenta, strict=True)
+        rates[row["step"]] = np.mean([rate / (1 - min(momentum or 0.0, 0.999)) for rate, momentum in pairs])
+    return rates

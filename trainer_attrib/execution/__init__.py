@@ -1,0 +1,1 @@
+"""Where work runs. Knows nothing of what the work is."""

@@ -1,0 +1,78 @@
+"""The processes that torchrun or accelerate started: all ask the same, each does its part, all have the answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from trainer_attrib.errors import ConfigurationError
+from trainer_attrib.execution.outcome import Outcome
+
+Task = TypeVar("Task")
+Answer = TypeVar("Answer")
+
+_LAUNCHED = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+)  # fmt: skip
+
+
+class Torchrun:
+    """Tasks dealt out to the ranks of a process group in turn.
+
+    Every process runs the same script up to the same question. Answers travel through a group of their own on the CPU
+    (gloo), in rounds of one task per rank, so that no more than these are held.
+
+    Raises:
+        ConfigurationError: torchrun did not start this process.
+    """
+
+    def __init__(self) -> None:
+        if not dist.is_initialized():
+            if "RANK" not in os.environ:
+                raise ConfigurationError(
+                    "runner='torchrun' in a process of which no other is known.",
+                    cause="the script was started with python.",
+                    fix="torchrun --nproc-per-node 2 script.py, with the same script in every process.",
+                )
+            dist.init_process_group("gloo")
+        self._group = dist.new_group(backend="gloo")
+        self._rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self._inside = False
+
+    def map(self, work: Callable[[Task], Answer], tasks: Sequence[Task]) -> Iterator[Answer]:
+        """See :meth:`trainer_attrib.execution.runner.Runner.map`."""
+        if self._inside:
+            yield from map(work, tasks)
+            return
+        for first in range(0, len(tasks), self.workers):
+            mine = first + self._rank
+            with self._alone():
+                outcome = Outcome.of(work, tasks[mine]) if mine < len(tasks) else Outcome[Answer]()
+            for found in self._exchanged(outcome)[: len(tasks) - first]:
+                yield found.get()
+
+    def once(self, work: Callable[[], Answer]) -> Answer:
+        """See :meth:`trainer_attrib.execution.runner.Runner.once`; by rank 0."""
+        if self._inside:
+            return work()
+        return next(self.map(lambda _: work(), [0]))
+
+    def _exchanged(self, outcome: Outcome[Answer]) -> list[Outcome[Answer]]:
+        found: list[Any] = [None] * self.workers
+        dist.all_gather_object(found, outcome, group=self._group)
+        return found
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A task that trains (a stage run again) must not take the other ranks, busy with other tasks, for its own."""
+        hidden = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+            os.environ.update(hidden)
