@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer_attrib.errors import ModelMismatchError, StageExistsError
+from trainer_attrib.errors import ModelMismatchError
+from trainer_attrib.ledger.claims import Claim, claim_new, stage_exists
 from trainer_attrib.ledger.links import Link, combined, describe_merged, describe_weights, find_link
 from trainer_attrib.ledger.reader import Ledger, StageReader
 from trainer_attrib.ledger.schema import (
@@ -42,8 +43,11 @@ class StageJournal:
     Made by :meth:`begin` or :meth:`resume`.
     """
 
-    def __init__(self, storage: Storage, name: str, trainable: set[str], meta: dict[str, Any]) -> None:
+    def __init__(
+        self, storage: Storage, name: str, trainable: set[str], meta: dict[str, Any], claim: Claim | None = None
+    ) -> None:
         self._storage, self._folder, self._trainable, self.meta = storage, f"stages/{name}", trainable, meta
+        self._claim = claim
 
     @staticmethod
     def begin(
@@ -76,14 +80,13 @@ class StageJournal:
             trained_before = set(StageReader(storage, link.parent).meta["trainable"])
             link = replace(link, frozen=tuple(sorted((trained_before & start.keys()) - trainable)))
         check(link)
-        if not storage.create_folder(f"stages/{name}"):
-            raise stage_exists(storage, name)
+        claim = claim_new(storage, name)
         meta: dict[str, Any] = {
             "format": FORMAT,
             "name": name,
             "status": "recording",
             "reason": "",
-            "began": time.time(),
+            "began": Ledger(storage.url).later_than_all(),
             "ended": None,
             "parent": link.parent,
             "link": link.to_dict(),
@@ -95,7 +98,7 @@ class StageJournal:
             "sharded": False,
             **facts,
         }
-        journal = StageJournal(storage, name, trainable, meta)
+        journal = StageJournal(storage, name, trainable, meta, claim)
         journal._describe({"start": start})
         journal._keep_start(link, weights, beside or {})
         return journal
@@ -114,6 +117,7 @@ class StageJournal:
             StageExistsError: it ran to its end.
             ModelMismatchError: the model's layers or the sketch's settings are others than when it began.
         """
+        claim = Claim(storage, f"stages/{Ledger(storage.url).stage(name).name}")
         stage = Ledger(storage.url).stage(name)
         if stage.meta["status"] == "complete":
             raise stage_exists(storage, name)
@@ -125,9 +129,9 @@ class StageJournal:
                 cause="the model, its frozen weights or the SketchConfig were changed between the two runs.",
                 fix="resume with the same settings, or record the rest as a stage of its own name.",
             )
-        kept = [entry for entry in stage.meta["snapshots"] if entry["step"] <= after_step]
+        kept = [e for e in stage.meta["snapshots"] if e["step"] <= after_step and e["name"] != "end"]
         attempt = {"after_step": after_step, "parts": stage.part_counts()}
-        journal = StageJournal(storage, name, trainable, stage.meta)
+        journal = StageJournal(storage, name, trainable, stage.meta, claim)
         states = [entry for entry in stage.meta.get("shadow_states", []) if entry["step"] <= after_step]
         journal.update(
             status="recording", reason="", snapshots=kept, shadow_states=states,
@@ -244,6 +248,8 @@ class StageJournal:
             if states := self.meta.get("shadow_states"):
                 self._keep_states(states, ())  # nothing goes on with this stage
         self.update(status=status, reason=reason, ended=time.time())
+        if self._claim is not None:
+            self._claim.release()
 
     def _describe(self, weights: dict[str, Any]) -> None:
         path = f"{self._folder}/{WEIGHTS}"
@@ -278,16 +284,6 @@ def check_place(url: Any, stage: str) -> Storage:
         raise stage_exists(storage, stage)
     storage.check_writable()
     return storage
-
-
-def stage_exists(storage: Storage, name: str) -> StageExistsError:
-    """The error for a name that is taken."""
-    return StageExistsError(
-        f"Stage '{name}' is already recorded in {storage.url}.",
-        cause="the training script ran before with the same ledger and stage name.",
-        fix="give this run another name; if it broke off, resume it from a checkpoint; or remove "
-        f"{storage.path(f'stages/{name}')} if it is not needed.",
-    )
 
 
 def _open_ledger(

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer_attrib.errors import ConfigurationError, CorruptPartError, StageNotFoundError
+from trainer_attrib.ledger.claims import Claim
 from trainer_attrib.ledger.reader import RowBlock, RowPart, StageReader
 from trainer_attrib.ledger.schema import EXAMPLES, FORMAT, ROWS, check_format
 from trainer_attrib.ledger.storage import digest
@@ -55,7 +56,10 @@ class PassFiles:
 
         Raises:
             ConfigurationError: the pass was begun over other examples.
+            StageExistsError: another process is making it.
         """
+        self._storage.create_folder(self._folder)
+        self._claim = Claim(self._storage, self._folder)  # kept as long as this object
         if known := self.meta:
             if known["data"] != data:
                 raise ConfigurationError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -255,19 +257,26 @@ class Ledger:
         Raises:
             StageNotFoundError: it was not recorded here.
         """
-        if name not in self.storage.names("stages"):
+        if name not in self._names():
             raise StageNotFoundError(
-                f"No stage '{name}' in {self.storage.url}; recorded are {self.storage.names('stages')}.",
+                f"No stage '{name}' in {self.storage.url}; recorded are {self._names()}.",
                 fix="use one of the recorded names.",
             )
         return StageReader(self.storage, name)
 
     def stages(self) -> list[StageReader]:
         """All stages, parents before children, then by the time they began."""
-        names = [n for n in self.storage.names("stages") if self.storage.exists(f"stages/{n}/stage.json")]
-        found = {name: StageReader(self.storage, name) for name in names}  # without stage.json it died being opened
+        found = {name: StageReader(self.storage, name) for name in self._names()}
         ordered = sorted(found.values(), key=lambda stage: (self._depth(stage, found), stage.meta["began"]))
         return ordered
+
+    def _names(self) -> list[str]:
+        names = self.storage.names("stages")
+        return [name for name in names if self.storage.exists(f"stages/{name}/stage.json")]  # others died being opened
+
+    def later_than_all(self) -> float:
+        """Now, or just after the stage begun last: clocks are set back, and stages are told apart and ordered by it."""
+        return max(time.time(), *(math.nextafter(stage.meta["began"], math.inf) for stage in self.stages()), 0.0)
 
     def ended(self) -> list[StageReader]:
         """The stages whose weights at the end are known."""

@@ -96,7 +96,7 @@ class Storage:
         Raises:
             LedgerNotWritableError: it cannot be made.
         """
-        with self._writing(name):
+        with self.writing(name):
             if not self.local:
                 return not self.exists(name)
             Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class Storage:
         Raises:
             LedgerNotWritableError: the place cannot be written.
         """
-        with self._writing(name):
+        with self.writing(name):
             folder = Path(self.path(name)).parent if self.local else Path(tempfile.gettempdir())
             folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=folder)
@@ -160,7 +160,12 @@ class Storage:
         _sync(str(folder))
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def writing(self, name: str) -> Iterator[None]:
+        """What the system says of a place that cannot be written, in this library's words.
+
+        Raises:
+            LedgerNotWritableError: the block raised an ``OSError``.
+        """
         try:
             yield
         except LedgerError:
