@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer_attrib.errors import ConfigurationError
 
-ROW_DTYPES = ("float16", "float32")
+ROW_DTYPES = ("float32", "float16", "int8", "rank2", "rank1")  # largest first; ledger/row_codecs.py has each
 
 
 class Correction(StrEnum):
@@ -69,7 +69,9 @@ class SketchConfig:
             rows are kept in every epoch, stage and process or in none, and a smaller sample is part of a larger one.
             Saves storage, not computation: the audit of each step needs all rows.
         correction: ``"factored"`` folds AdamW's second moments into the projections, ``"none"`` keeps raw gradients.
-        dtype: of the unit-norm rows on disk; norms are always float32.
+        dtype: how unit-norm rows lie on disk; norms are always float32. Beside the numbers themselves (``"float16"``,
+            ``"float32"``) these are ``"int8"``, with a scale for each weight, and ``"rank1"`` or ``"rank2"``: each
+            weight's matrix as so many outer products (docs/recording.md has sizes and what they cost in accuracy).
         seed: of the projections.
         blocks: None: every weight has columns of its own. Otherwise weights whose sketches have the same shape are put
             into at most so many blocks, neighbors together, and the sketches in a block are added up, so that rows do

@@ -9,6 +9,7 @@ import torch
 from trainer_attrib.errors import ModelMismatchError, StageExistsError, StageNotFoundError
 from trainer_attrib.ledger.journal import StageJournal, check_place
 from trainer_attrib.ledger.reader import Ledger
+from trainer_attrib.ledger.row_codecs import row_codec
 from trainer_attrib.ledger.schema import Block
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.ledger.writer import StageWriter
@@ -24,7 +25,7 @@ def block(step: int, attempt: int) -> Block:
 
 def write(storage: Storage, steps: range, attempt: int, roll: int = 1) -> None:
     for start in range(steps.start, steps.stop, roll):  # a part every `roll` steps
-        writer = StageWriter(storage, "stages/s", "float32")
+        writer = StageWriter(storage, "stages/s", row_codec("float32", [[1, 1, 2]]))
         for step in range(start, min(start + roll, steps.stop)):
             writer.put(lambda step=step: block(step, attempt))
         writer.close()

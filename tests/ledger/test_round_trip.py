@@ -13,12 +13,15 @@ import torch
 
 from trainer_attrib.errors import ConfigurationError, LedgerNotFoundError, StageNotFoundError
 from trainer_attrib.ledger.reader import Ledger
+from trainer_attrib.ledger.row_codecs import row_codec
 from trainer_attrib.ledger.schema import EXAMPLES, ROWS, STEPS, Block
 from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.ledger.writer import StageWriter
 from trainer_attrib.testing.zoo import LinearOnThreeAxes, TiedEmbedding
 from trainer_attrib.types import SketchConfig
+
+ROWS_OF_3 = row_codec("float32", [[1, 1, 3]])
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -165,7 +168,7 @@ def test_parts_are_immutable_and_the_reader_streams_them(
     """Every step becomes a part; later parts never touch earlier ones; blocks arrive one part at a time, in order."""
     monkeypatch.setattr("trainer_attrib.ledger.writer.ROLL_BYTES", 1)
     storage = _stage_on_disk(tmp_path)
-    writer = StageWriter(storage, "stages/s", "float32")
+    writer = StageWriter(storage, "stages/s", ROWS_OF_3)
     seen: dict[str, bytes] = {}
     for step in (1, 2, 3):
         writer.put(lambda step=step: _block(step))
@@ -180,12 +183,12 @@ def test_parts_are_immutable_and_the_reader_streams_them(
     stream = stage.rows()
     assert next(stream).table["step"].to_pylist() == [1]
     assert [block.sketches[0, 0] for block in stream] == [2.0, 3.0]
-    assert isinstance(next(stage.rows()).sketches, np.memmap)
+    assert isinstance(next(stage.rows()).sketches[:], np.memmap)
 
 
 def test_two_ranks_write_without_coordination(tmp_path: Path) -> None:
     storage = _stage_on_disk(tmp_path)
-    writers = [StageWriter(storage, "stages/s", "float32", rank) for rank in (0, 1)]
+    writers = [StageWriter(storage, "stages/s", ROWS_OF_3, rank) for rank in (0, 1)]
     for rank, writer in enumerate(writers):
         writer.put(lambda rank=rank: _block(rank + 1))
     for writer in writers:
@@ -197,7 +200,7 @@ def test_two_ranks_write_without_coordination(tmp_path: Path) -> None:
 
 def test_a_crash_without_close_loses_only_the_unsealed_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = _stage_on_disk(tmp_path)
-    writer = StageWriter(storage, "stages/s", "float32")
+    writer = StageWriter(storage, "stages/s", ROWS_OF_3)
     monkeypatch.setattr("trainer_attrib.ledger.writer.ROLL_BYTES", 1)
     writer.put(lambda: _block(1))
     _wait_for_parts(tmp_path, 1)

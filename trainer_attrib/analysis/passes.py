@@ -66,7 +66,7 @@ def sketch(view: Lineage, stage: StageReader, examples: Examples, snapshot: str)
     if order:
         with standing(view.model, view.inside(stage, snapshot)):
             _fill(files, view, stage, version, step, examples, order)
-    return Pass(stage.name, snapshot, files.rows, stage.width * np.dtype(dtype).itemsize)
+    return Pass(stage.name, snapshot, files.rows, stage.codec(dtype).record.itemsize)
 
 
 def _fill(

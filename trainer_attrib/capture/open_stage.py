@@ -21,6 +21,7 @@ from trainer_attrib.capture.window import Describe
 from trainer_attrib.ledger.following import FollowingJournal
 from trainer_attrib.ledger.journal import Beside, StageJournal
 from trainer_attrib.ledger.reader import Ledger
+from trainer_attrib.ledger.row_codecs import row_codec
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.ledger.writer import StageWriter
 from trainer_attrib.tap.module_tap import ModuleTap
@@ -114,8 +115,8 @@ def open_stage(recording: Recording, shadows: Shadows, after_step: int) -> OpenS
 
     meta = recording.processes.led(begin)
     journal = made[0] if made else FollowingJournal(recording.storage, recording.name, recording.trainable, meta)
-    folder, dtype = f"stages/{recording.name}", recording.sketch.dtype
-    writer = StageWriter(recording.storage, folder, dtype, recording.processes.rank)
+    codec = row_codec(recording.sketch.dtype, recording.plan.row_blocks)
+    writer = StageWriter(recording.storage, f"stages/{recording.name}", codec, recording.processes.rank)
     seen, taken = set[str](), Counter[int]()
     if after_step:
         stage = Ledger(recording.storage.url).stage(recording.name)

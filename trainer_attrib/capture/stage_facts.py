@@ -17,6 +17,7 @@ from trainer_attrib.capture.moment_readers import correction_unavailable
 from trainer_attrib.capture.optimizer_tap import describe_optimizer, group_settings
 from trainer_attrib.capture.window import Window
 from trainer_attrib.ledger.links import Link
+from trainer_attrib.ledger.row_codecs import row_codec
 from trainer_attrib.tap.adapters import low_rank_updates
 from trainer_attrib.tap.names import adapter_weights, parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan
@@ -33,6 +34,7 @@ def stage_facts(
     """What ``stage.json`` says from the start."""
     names = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
     return {
+        "format": row_codec(sketch.dtype, plan.row_blocks).format,
         "model": type(model).__name__,
         "trainable": sorted(trainable),
         "adapters": sorted(adapter_weights(model)),
@@ -42,6 +44,7 @@ def stage_facts(
         "correction_unavailable": _why_raw(optimizers, sketch),
         "plan": plan.to_dict(),
         "width": plan.row_width,
+        "row_blocks": plan.row_blocks,
         "coverage": None,
         "overhead": None,
         "versions_of": _software(),
@@ -56,12 +59,12 @@ def _why_raw(optimizers: Sequence[Optimizer], sketch: SketchConfig) -> str:
 
 def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: dict[str, Any]) -> list[str]:
     """What recording will cost, said before the first step."""
-    width = 2 if sketch.dtype == "float16" else 4
+    size = row_codec(sketch.dtype, plan.row_blocks).record.itemsize
     of_sample = f" for {100 * sketch.sample:g}% of the examples" if sketch.sample < 1 else ""
     layers = sum(len(w.modules) for w in plan.weights)
     lines = [
         f"stage '{stage}' ({Link.of(meta)}): {len(plan.weights)} weights in {layers} layers, "
-        f"{plan.row_width * width / 1024:.1f} KiB per example{of_sample}, expected overhead at least "
+        f"{size / 1024:.1f} KiB per example{of_sample}, expected overhead at least "
         f"{100 * flop_share(plan) / sketch.every_n_steps:.1f}% of the matrix products"
     ]
     lines += [

@@ -192,7 +192,7 @@ class RowMaker:
             {"example": ids[r], "row": r, "norm": n * denominator, "tokens": tokens and tokens[r], **shared}
             for r, n in zip(kept, norms.tolist(), strict=True)
         ]
-        return rows, unit.cpu().numpy().astype(self.sketch.dtype)
+        return rows, unit.cpu().numpy()
 
     def _examples(self, micro: MicroBatch, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         fresh = {row["example"]: row["row"] for row in rows if row["example"] not in self.seen}

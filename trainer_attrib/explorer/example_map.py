@@ -22,7 +22,7 @@ def example_map(stage: StageReader) -> dict[str, Any]:
     mean, plane, share = _plane(stage)
     last: dict[str, np.ndarray] = {}
     for block in progress(stage.rows(), f"map of {stage.name}", len(stage.row_parts())):
-        at = (np.asarray(block.sketches, np.float32) - mean) @ plane
+        at = np.concatenate([(np.asarray(some, np.float32) - mean) @ plane for some in block.sketches.chunks()])
         last |= dict(zip(block.table["example"].to_pylist(), at, strict=True))
     names = stage.examples()["example"].to_pylist()
     known = np.array([last[name] for name in names if name in last]).reshape(-1, 2)

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 from trainer_attrib.errors import ConfigurationError, CorruptPartError, StageNotFoundError
 from trainer_attrib.ledger.claims import Claim
 from trainer_attrib.ledger.reader import RowBlock, RowPart, StageReader
-from trainer_attrib.ledger.schema import EXAMPLES, FORMAT, ROWS, check_format
+from trainer_attrib.ledger.row_codecs import RowCodec
+from trainer_attrib.ledger.schema import EXAMPLES, ROWS, check_format
 from trainer_attrib.ledger.storage import digest
+from trainer_attrib.ledger.stored_rows import StoredRows
 
 
 class PassFiles:
@@ -51,7 +53,7 @@ class PassFiles:
         Args:
             data: fingerprint of the examples and their order.
             version: of the second moments that scale the rows.
-            dtype: of the sketches.
+            dtype: of the rows, see :class:`types.SketchConfig`.
             examples: with the columns of the ledger's examples.
 
         Raises:
@@ -70,14 +72,14 @@ class PassFiles:
                 )
             return
         sealed = self._storage.write(f"{self._folder}/examples.parquet", _parquet(examples))
-        head = {"format": FORMAT, "data": data, "version": version, "dtype": dtype, "examples": examples.num_rows}
+        head = {"format": self.stage.codec(dtype).format, "data": data, "version": version, "dtype": dtype}
+        head |= {"examples": examples.num_rows}
         self._storage.write_json(f"{self._folder}/pass.json", {**head, "sealed": sealed, "parts": []})
 
     def add(self, table: pa.Table, sketches: np.ndarray) -> None:
         """Store the rows of some more examples, [N, width] of unit norm."""
         meta = self.meta
-        name, dtype = f"part-{len(meta['parts']):06d}", meta["dtype"]
-        raw = np.ascontiguousarray(sketches, dtype).tobytes()
+        name, raw = f"part-{len(meta['parts']):06d}", self._codec.encode(sketches).tobytes()
         files = {
             f"{name}.parquet": self._storage.write(f"{self._folder}/{name}.parquet", _parquet(table.cast(ROWS))),
             f"{name}.raw": self._storage.write(f"{self._folder}/{name}.raw", raw),
@@ -109,11 +111,12 @@ class PassFiles:
                 cause="a file was truncated or changed since.",
                 fix="remove this folder, and make the pass again.",
             )
-        return RowBlock(pq.read_table(io.BytesIO(data)), self._storage.array(raw, self._dtype, self.stage.width))
+        records = self._storage.records(raw, self._codec.record)
+        return RowBlock(pq.read_table(io.BytesIO(data)), StoredRows(records, self._codec))
 
     @cached_property
-    def _dtype(self) -> str:
-        return self.meta["dtype"]
+    def _codec(self) -> RowCodec:
+        return self.stage.codec(self.meta["dtype"])
 
 
 class PassReader(StageReader):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from trainer_attrib.errors import CorruptPartError, LedgerFormatError, LedgerNotFoundError, StageNotFoundError
 from trainer_attrib.ledger.ranks import merge_steps
+from trainer_attrib.ledger.row_codecs import RowCodec, row_codec
 from trainer_attrib.ledger.schema import (
     EXAMPLES,
     STEPS,
@@ -26,6 +27,7 @@ from trainer_attrib.ledger.schema import (
 )
 from trainer_attrib.ledger.storage import Storage, digest
 from trainer_attrib.ledger.stored import StageTensors
+from trainer_attrib.ledger.stored_rows import StoredRows
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class RowBlock:
     """Example rows of one part: their table and unit-norm sketches [N, width], row i of one is row i of the other."""
 
     table: pa.Table
-    sketches: np.ndarray
+    sketches: StoredRows
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,24 @@ class StageReader(StageTensors):
     def width(self) -> int:
         """Numbers per example row."""
         return int(self.meta["width"])
+
+    def codec(self, dtype: str) -> RowCodec:
+        """How rows of this stage lie on disk.
+
+        Args:
+            dtype: that of ``SketchConfig``.
+
+        Raises:
+            LedgerFormatError: ``stage.json`` says what cannot be.
+        """
+        codec = row_codec(dtype, self.meta.get("row_blocks") or [[1, 1, self.width]])
+        if codec.width != self.width:
+            raise LedgerFormatError(
+                f"Stage '{self.name}' has rows of {self.width} numbers, and matrices of {codec.width} in them.",
+                cause="stage.json was edited or damaged.",
+                fix="restore it from a backup.",
+            )
+        return codec
 
     def parts(self) -> list[dict[str, Any]]:
         """Manifest entries of all sealed parts of all ranks, each with ``until``: the last step of it that counts.
@@ -124,17 +144,17 @@ class StageReader(StageTensors):
         Raises:
             CorruptPartError: a file does not have the length its manifest says.
         """
-        entry, dtype = part.entry, self.meta["sketch"]["dtype"]
+        entry, codec = part.entry, self.codec(self.meta["sketch"]["dtype"])
         names = {name.rsplit(".", 1)[-1]: name for name in entry["files"] if name.startswith("rows/")}
         table = self._table(entry, names.pop("parquet"))
         raw = names.popitem()[1]
         self._check_length(entry, raw)
-        if entry["files"][raw]["bytes"] != entry["rows"] * self.width * np.dtype(dtype).itemsize:
-            raise self._corrupt(raw, f"its length does not fit {entry['rows']} rows of {self.width} {dtype}")
-        sketches = self._storage.array(f"{self._folder}/{raw}", dtype, self.width)
+        if entry["files"][raw]["bytes"] != entry["rows"] * codec.record.itemsize:
+            raise self._corrupt(raw, f"its length does not fit {entry['rows']} rows of {codec.record.itemsize} bytes")
+        sketches = StoredRows(self._storage.records(f"{self._folder}/{raw}", codec.record), codec)
         if entry["until"] is not None:
             counts = np.flatnonzero(table["step"].to_numpy() <= entry["until"])
-            table, sketches = table.take(counts), sketches[counts]
+            table, sketches = table.take(counts), sketches.take(counts)
         return RowBlock(table, sketches)
 
     def rows(self) -> Iterator[RowBlock]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from trainer_attrib.errors import ConfigurationError, LedgerFormatError
 
-FORMAT = 1
+FORMAT, NEWEST = 1, 2  # of what every version reads; of a stage whose rows only this one and later ones decode
 WEIGHTS = "weights.json"  # shapes and fingerprints of every weight at a stage's start and end
 
 ROWS = pa.schema(
@@ -64,7 +64,7 @@ STEPS = pa.schema(
 
 EXAMPLES = pa.schema([("example", pa.string()), ("source", pa.string()), ("text", pa.string())])
 
-_PART_NAME = re.compile(r"(rows|steps|examples)/part-[0-9]{4}-[0-9]{6}\.(parquet|f16|f32)")
+_PART_NAME = re.compile(r"(rows|steps|examples)/part-[0-9]{4}-[0-9]{6}\.(parquet|f16|f32|i8|r1|r2)")
 _PASS_NAME = re.compile(r"part-[0-9]{6}\.(parquet|raw)")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -75,7 +75,7 @@ class Block:
 
     step: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    sketches: np.ndarray | None = None  # [len(rows), width], unit norm
+    sketches: np.ndarray | None = None  # [len(rows), width], unit norm, not encoded yet
     examples: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -101,9 +101,9 @@ def check_format(data: dict[str, Any], where: str) -> None:
         LedgerFormatError: the format is missing or newer than this library reads.
     """
     found = data.get("format")
-    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+    if not isinstance(found, int) or not 1 <= found <= NEWEST:
         raise LedgerFormatError(
-            f"{where} has format {found!r}, this version reads formats 1 to {FORMAT}.",
+            f"{where} has format {found!r}, this version reads formats 1 to {NEWEST}.",
             cause="it was written by a newer trainer-attrib." if isinstance(found, int) else "it is not a ledger.",
             fix="pip install --upgrade trainer-attrib",
         )

@@ -79,16 +79,14 @@ class Storage:
             raise LedgerFormatError(f"{self.path(name)} holds {type(data).__name__}, expected a JSON object.")
         return data
 
-    def array(self, name: str, dtype: str, width: int) -> np.ndarray:
-        """Raw rows as [N, width], memory-mapped where the file is local.
+    def records(self, name: str, record: np.dtype[Any]) -> np.ndarray:
+        """All records of a file, memory-mapped where it is local.
 
         The map is private: torch wants arrays that can be written to, and what is written never reaches the file.
         """
         if self.local:
-            flat = np.memmap(self.path(name), dtype=dtype, mode="c") if self.size(name) else np.empty(0, dtype)
-        else:
-            flat = np.frombuffer(bytearray(self.read(name)), dtype)
-        return flat.reshape(-1, width)
+            return np.memmap(self.path(name), record, mode="c") if self.size(name) else np.empty(0, record)
+        return np.frombuffer(bytearray(self.read(name)), record)
 
     def create_folder(self, name: str) -> bool:
         """Make a folder; False if it was there already (atomic on a local disk).

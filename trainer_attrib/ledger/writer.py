@@ -13,28 +13,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer_attrib.ledger.schema import EXAMPLES, FORMAT, ROWS, STEPS, Block, manifest_name, part_name
+from trainer_attrib.ledger.row_codecs import RowCodec
+from trainer_attrib.ledger.schema import EXAMPLES, ROWS, STEPS, Block, manifest_name, part_name
 from trainer_attrib.ledger.storage import Storage
 
 ROLL_BYTES = 32 << 20
 ROLL_SECONDS = 60.0
 QUEUED_STEPS = 64
 
-_SUFFIX = {"float16": "f16", "float32": "f32"}
-
 
 class StageWriter:
-    """Writes one rank's parts of one stage.
+    """Writes one rank's parts of one stage, its rows as the codec encodes them.
 
     ``put`` takes a function that makes the step's :class:`Block`; it runs on the writer's thread, so that copying to
     the CPU, normalising and decoding text cost the training loop nothing. At most ``QUEUED_STEPS`` wait; then ``put``
     blocks, which bounds memory. A crash loses at most the part being filled.
     """
 
-    def __init__(self, storage: Storage, folder: str, dtype: str, rank: int = 0) -> None:
-        self._storage, self._folder, self._rank, self._dtype = storage, folder, rank, dtype
+    def __init__(self, storage: Storage, folder: str, codec: RowCodec, rank: int = 0) -> None:
+        self._storage, self._folder, self._rank, self._codec = storage, folder, rank, codec
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUED_STEPS)
         self._buffer: list[Block] = []
+        self._records: list[np.ndarray] = []  # of the rows of the buffered blocks
         self._buffered, self._opened = 0, time.monotonic()
         self._parts = self._sealed_before()
         self._fault: BaseException | None = None
@@ -100,7 +100,10 @@ class StageWriter:
 
     def _add(self, block: Block) -> None:
         self._buffer.append(block)
-        self._buffered += 0 if block.sketches is None else block.sketches.nbytes
+        if block.sketches is not None:
+            self._records.append(self._codec.encode(block.sketches))
+            self._buffered += self._records[-1].nbytes
+            block.sketches = None
         self._buffered += len(block.step["projected_weights"] or b"")
         self._count(block)
         if self._buffered >= ROLL_BYTES or time.monotonic() - self._opened > ROLL_SECONDS:
@@ -116,15 +119,14 @@ class StageWriter:
         """Write the buffered steps as one part: its files first, then the manifest that makes them count."""
         if not self._buffer:
             return
-        blocks, self._buffer, self._buffered = self._buffer, [], 0
+        blocks, records, self._buffer, self._records, self._buffered = self._buffer, self._records, [], [], 0
         rows = [row for block in blocks for row in block.rows]
         examples = [example for block in blocks for example in block.examples]
-        sketches = [block.sketches for block in blocks if block.sketches is not None]
         files = dict(
             [
                 self._file("steps", "parquet", _parquet([block.step for block in blocks], STEPS)),
                 self._file("rows", "parquet", _parquet(rows, ROWS)),
-                self._file("rows", _SUFFIX[self._dtype], _raw(sketches, self._dtype)),
+                self._file("rows", self._codec.suffix, b"".join(found.tobytes() for found in records)),
                 self._file("examples", "parquet", _parquet(examples, EXAMPLES)),
             ]
         )
@@ -132,7 +134,7 @@ class StageWriter:
         self._parts.append({"rows": len(rows), "steps": executed, "examples": len(examples), "files": files})
         self._sealed_bytes += sum(file["bytes"] for file in files.values())
         name = f"{self._folder}/{manifest_name(self._rank)}"
-        self._storage.write_json(name, {"format": FORMAT, "rank": self._rank, "parts": self._parts})
+        self._storage.write_json(name, {"format": self._codec.format, "rank": self._rank, "parts": self._parts})
         self._opened = time.monotonic()
 
     def _file(self, kind: str, suffix: str, data: bytes) -> tuple[str, dict[str, Any]]:
@@ -144,7 +146,3 @@ def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), sink)
     return sink.getvalue()
-
-
-def _raw(sketches: list[np.ndarray], dtype: str) -> bytes:
-    return b"".join(np.ascontiguousarray(block, dtype).tobytes() for block in sketches)

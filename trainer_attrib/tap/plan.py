@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -83,6 +84,13 @@ class SketchPlan:
     def row_spans(self) -> list[slice]:
         """Columns of a stored row that belong together: a weight's, or those of a block."""
         return sorted({(s.start, s.stop): s for s in self._places.values()}.values(), key=lambda span: span.start)
+
+    @property
+    def row_blocks(self) -> list[list[int]]:
+        """Of which matrices a stored row is made, ``[count, left, right]`` of neighbors that are alike."""
+        shapes = {self._places[weight.name].start: (weight.left, weight.right) for weight in self.weights}
+        runs = itertools.groupby(shapes[span.start] for span in self.row_spans)
+        return [[len(list(alike)), *shape] for shape, alike in runs]
 
     @property
     def _places(self) -> dict[str, slice]:
