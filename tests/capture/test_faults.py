@@ -70,7 +70,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "reading the optimizer": _patch("trainer_attrib.capture.stage_facts.group_settings", 1),
     "refreshing the second moment": _patch("trainer_attrib.ledger.journal.StageJournal.second_moment"),
     "making the rows": _patch("trainer_attrib.capture.window.unit_rows", 1),
-    "storing a snapshot": _patch("trainer_attrib.ledger.journal.save_tensors", 1),
+    "storing a snapshot": _patch("trainer_attrib.ledger.snapshots.save_tensors", 1),
     "a full disk": _full_disk,
 }
 faults = pytest.mark.parametrize("name", FAULTS)

@@ -8,6 +8,7 @@ import torch
 
 from trainer_attrib.errors import ModelMismatchError, StageExistsError, StageNotFoundError
 from trainer_attrib.ledger.journal import StageJournal, check_place
+from trainer_attrib.ledger.links import describe_weights
 from trainer_attrib.ledger.reader import Ledger
 from trainer_attrib.ledger.row_codecs import row_codec
 from trainer_attrib.ledger.schema import Block
@@ -15,6 +16,7 @@ from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.ledger.writer import StageWriter
 
 WEIGHTS = {"w": torch.ones(2, 2)}
+DESCRIBED = describe_weights(WEIGHTS)
 FACTS = {"width": 2, "plan": {"weights": []}, "trainable": ["w"], "sketch": {"dtype": "float32"}}
 
 
@@ -35,7 +37,8 @@ def write(storage: Storage, steps: range, attempt: int, roll: int = 1) -> None:
 def storage(tmp_path):
     """A stage that recorded steps 1 to 5 in parts of two, then broke off."""
     storage = Storage(tmp_path)
-    journal = StageJournal.begin(storage, "s", WEIGHTS, {"w"}, FACTS)
+    journal = StageJournal.begin(storage, "s", DESCRIBED, WEIGHTS, {"w"}, FACTS)
+    journal.keep_start(WEIGHTS)
     write(storage, range(1, 6), attempt=1, roll=2)
     journal.snapshot("mid-1", 2, WEIGHTS)
     journal.snapshot("mid-2", 4, WEIGHTS)
@@ -80,7 +83,7 @@ def test_snapshots_of_superseded_steps_are_forgotten(storage):
     journal = StageJournal.resume(storage, "s", 3, {"w"}, FACTS)
     assert [entry["name"] for entry in journal.meta["snapshots"]] == ["start", "mid-1"]
     journal.snapshot("mid-2", 4, WEIGHTS)
-    journal.end("complete", "", 6, WEIGHTS)
+    journal.end("complete", "", 6, WEIGHTS, DESCRIBED)
     stage = Ledger(storage.url).stage("s")
     assert [entry["name"] for entry in stage.meta["snapshots"]] == ["start", "mid-1", "mid-2", "end"]
     assert stage.problems() == []
@@ -94,8 +97,8 @@ def test_what_cannot_be_resumed_is_refused(storage):
     with pytest.raises(ModelMismatchError, match="same settings"):
         StageJournal.resume(storage, "s", 1, {"w"}, FACTS | {"sketch": {"dtype": "float32", "sample": 0.5}})
     with pytest.raises(StageExistsError, match="resume it from a checkpoint"):
-        StageJournal.begin(storage, "s", WEIGHTS, {"w"}, FACTS)
-    StageJournal.resume(storage, "s", 3, {"w"}, FACTS).end("complete", "", 5, WEIGHTS)
+        StageJournal.begin(storage, "s", DESCRIBED, WEIGHTS, {"w"}, FACTS)
+    StageJournal.resume(storage, "s", 3, {"w"}, FACTS).end("complete", "", 5, WEIGHTS, DESCRIBED)
     with pytest.raises(StageExistsError):
         StageJournal.resume(storage, "s", 3, {"w"}, FACTS)
     with pytest.raises(StageExistsError):

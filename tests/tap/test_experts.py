@@ -297,7 +297,7 @@ def test_second_moments_of_a_stack_are_those_of_its_matrix() -> None:
     assert weight.matrix_of(parameter).shape == (240, 16)
     projections = Projections(_plan(model), model)
     left, right = projections[weight.name].sides
-    parts = [Shard(parameter[:3], 0), Shard(parameter[3:], 3)]
+    parts = [Shard(parameter[:3], 0, tuple(parameter.shape)), Shard(parameter[3:], 3, tuple(parameter.shape))]
     sketches = [of_shard(left, part, 5) @ weight.matrix_of(part.local) @ right.T for part in parts]
     torch.testing.assert_close(sum(sketches), projections.sketch(weight, parameter, None), rtol=1e-5, atol=1e-5)
 

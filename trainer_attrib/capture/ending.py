@@ -84,18 +84,33 @@ class Ending:
         try:
             if reached_end and not self._stage.processes.agree(self.fault is None) and self.fault is None:
                 status, reason = "incomplete", "capture stopped in another process of the training"
-            weights = self._stage.weights() if reached_end else None
+            elif reached_end and status == "complete" and (lost := self._lost()):
+                status, reason = "incomplete", lost
             if reached_end:
                 self.shadows.finish()
             else:
                 self.shadows.interrupt(reason)
-            merged = () if self._stage.sharded else merged_weights(self._stage.model)
-            self._journal.end(status, reason, self.step, weights, merged, self._stage.beside() if reached_end else None)
+            self._end(status, reason, reached_end=reached_end)
         except Exception as fault:
             self.fault = self.fault or fault
+            with suppress(Exception):
+                why = f"it could not be closed as a whole: {type(fault).__name__}: {fault}"
+                self._journal.end("incomplete", reason or why, self.step, None)
         if self.fault is None and self._stage.processes.leads:
             logger.info(closing_line(self._stage.name, status, self._writer.sealed(), self._meter.share(self._tap)))
         if self.fault is not None and self.fault is not known:
             if self._strict:
                 raise self.fault
             logger.warning("stage '%s' could not be closed as a whole: %s", self._stage.name, self.fault)
+
+    def _lost(self) -> str:
+        """What is missing of the steps before the checkpoints that the stage was resumed from."""
+        return "; ".join(attempt["lost"] for attempt in self._journal.meta["resumed"] if "lost" in attempt)
+
+    def _end(self, status: str, reason: str, *, reached_end: bool) -> None:
+        """Close the journal; with the weights, which all processes describe together, if the end was reached."""
+        if not reached_end:
+            return self._journal.end(status, reason, self.step, None)
+        described, _ = self._stage.described()
+        merged = () if self._stage.sharded else merged_weights(self._stage.model)
+        self._journal.end(status, reason, self.step, self._stage.weights(), described, merged, self._stage.beside())

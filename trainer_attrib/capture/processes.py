@@ -98,16 +98,31 @@ class Processes:
         """Whether all processes are well. Each waits here for the others."""
         if self.size == 1 or self.broken:
             return well and not self.broken
-        votes: list[Any] = [None] * self.size
-        dist.all_gather_object(votes, well)
+        return all(self.each(lambda: well))
+
+    def each(self, make: Callable[[], Any]) -> list[Any]:
+        """What every process makes, by rank; JSON-ready. Each waits here for the others, whatever became of its own.
+
+        Raises:
+            LedgerError: on every process, if making it failed on one of them; there it is its own fault.
+        """
+        if self.size == 1:
+            return [make()]
+        fault: Exception | None = None
+        try:
+            mine = {"made": make()}
+        except Exception as error:
+            fault, mine = error, {"fault": f"{type(error).__name__}: {error}"}
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, mine)
         time.sleep(_LET_GO)
-        return all(votes)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A parameter's full value on the CPU if it is sharded (all processes must ask), the tensor itself otherwise."""
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full().cpu()
+        failed = [f"rank {rank}: {one['fault']}" for rank, one in enumerate(told) if "fault" in one]
+        self.broken = self.broken or bool(failed)
+        if fault is not None:
+            raise fault
+        if failed:
+            raise LedgerError(f"Other processes of this training could not write their part. {'; '.join(failed)}")
+        return [one["made"] for one in told]
 
 
 def is_sharded(tensor: Tensor) -> bool:

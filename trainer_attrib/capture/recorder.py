@@ -310,10 +310,9 @@ class Recorder(Ending):
         if self._running:
             self.attempt(self._batches.renew)
         if self.step in self._snapshot_steps and (self._running or self._stage.sharded):
-            self.attempt(self._snapshot)
+            self.attempt(self._snapshot)  # of shards every process stores its own, until all know that one has stopped
 
     def _snapshot(self) -> None:
-        weights = self._stage.weights()
-        if self._running:
+        if not self._stage.processes.broken:
             name = f"mid-{self._snapshot_steps.index(self.step) + 1}"
-            self._journal.snapshot(name, self.step, weights, self._stage.beside())
+            self._journal.snapshot(name, self.step, self._stage.weights(), self._stage.beside())

@@ -121,7 +121,7 @@ class SecondMoments:
         rows, columns, bias = _exchanged(self._parameters, weight)
         parts = [like.new_zeros(rows), like.new_zeros(columns), like.new_zeros(bias)]
         moment = second_moment(self._optimizer, parameter)
-        if moment is None:
+        if moment is None or not (self._processes.leads or is_sharded(parameter)):  # one tells of what all of them hold
             return parts
         shard = shard_of(cast(Tensor, moment))
         matrix = weight.matrix_of(shard.local).double()

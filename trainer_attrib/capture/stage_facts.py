@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ def step_scalars(gradients: list[Tensor], window: Window) -> dict[str, Tensor]:
     """The step's numbers that live on the device; of a sharded gradient the norm of this process's part."""
     scalars = {}
     local = [shard_of(gradient).local for gradient in gradients]
-    if local and local[0] is gradients[0] and (told := window.used_norm()) is not None:
+    if local and all(map(operator.is_, local, gradients)) and (told := window.used_norm()) is not None:
         scalars["gradient_norm"] = told  # clipping read all gradients already: a second time costs 0.6 % of a step
     elif local:
         scalars["gradient_norm"] = torch.nn.utils.get_total_norm(local)

@@ -87,10 +87,11 @@ class StepRecorder:
         trained = [micro for micro in window.micro_batches if micro.trained]
         row = step_row(step, self._optimizer, len(trained), self._version)
         row |= {"optimizer": self._number, "rank": stage.processes.rank, **facts}
-        gradients = [p.grad for p in self._updated if p.grad is not None and not p.grad.is_sparse]
+        told = [p for p in self._updated if not stage.sharded or stage.tells_of(p)]
+        gradients = [p.grad for p in told if p.grad is not None and not p.grad.is_sparse]
         scalars, audited = step_scalars(gradients, window), self._audit(window)
         projected = None
-        if self._tells_of_weights:
+        if stage.processes.leads or stage.sharded:
             projected = torch.cat([self._project(w).flatten() for w in stage.plan.weights])
         self._open.writer.put(lambda: self._block(row, scalars, audited, projected, trained))
 
@@ -109,20 +110,14 @@ class StepRecorder:
 
     # ---- parts of a step ------------------------------------------------------------------------------------------
 
-    @property
-    def _tells_of_weights(self) -> bool:
-        """Replicas hold the same weights and gradients, so that one of them tells; of shards everyone tells its own."""
-        return self._stage.processes.leads or self._stage.sharded
-
     def _evidence(self, window: Window, modules: list[str]) -> Tensor:
         captured = window.captured()
         if captured is None:
             captured = self._stage.like.new_zeros(self._stage.plan.width)
         gradients = torch.zeros_like(captured)
-        if self._tells_of_weights:
-            for weight in self.weights:
-                sketch = checks.gradient_sketch(weight, self._parameters, self._stage.tap.projections)
-                gradients[weight.span] = torch.nan if sketch is None else sketch.flatten()
+        for weight in (w for w in self.weights if self._tells_of(w)):
+            sketch = checks.gradient_sketch(weight, self._parameters, self._stage.tap.projections)
+            gradients[weight.span] = torch.nan if sketch is None else sketch.flatten()
         fired = [sum(m.record.backwards[name] for m in window.micro_batches) for name in modules]
         return torch.cat([captured, gradients, captured.new_tensor(fired)])
 
@@ -146,13 +141,18 @@ class StepRecorder:
             return None
         weight = self._audited[self.count % len(self._audited)]
         sketch = None
-        if self._tells_of_weights:
+        if self._tells_of(weight):
             sketch = checks.gradient_sketch(weight, self._parameters, self._stage.tap.projections)
             if sketch is None:
                 return None
         return checks.Audit(weight.name, captured[weight.span], sketch, alone=self._stage.processes.size == 1)
 
+    def _tells_of(self, weight: WeightPlan) -> bool:
+        return self._stage.tells_of(self._parameters[weight.name])
+
     def _project(self, weight: WeightPlan) -> Tensor:
+        if not self._tells_of(weight):
+            return self._stage.like.new_zeros(weight.size)
         bias = self._parameters[weight.bias].data if weight.bias else None
         return self._stage.raw.sketch(weight, self._parameters[weight.name].data, bias)
 

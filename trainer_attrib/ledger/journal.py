@@ -12,10 +12,11 @@ from torch import Tensor
 
 from trainer_attrib.errors import ModelMismatchError
 from trainer_attrib.ledger.claims import Claim, claim_new, stage_exists
-from trainer_attrib.ledger.links import Link, combined, describe_merged, describe_weights, find_link
+from trainer_attrib.ledger.links import Described, Link, combined, describe_merged, find_link, inherited
 from trainer_attrib.ledger.reader import Ledger, StageReader
 from trainer_attrib.ledger.schema import (
     FORMAT,
+    NEWEST,
     WEIGHTS,
     beside_name,
     check_format,
@@ -25,56 +26,64 @@ from trainer_attrib.ledger.schema import (
     snapshot_name,
     version_name,
 )
-from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors, save_tensors
+from trainer_attrib.ledger.snapshots import Files, save_tensors
 from trainer_attrib.ledger.storage import Storage
+from trainer_attrib.ledger.stored import elsewhere
+from trainer_attrib.tap.shards import Shard
 from trainer_attrib.types import SketchConfig
 from trainer_attrib.version import __version__
 
 KEPT_STATES = 3
 """Checkpoints of which the shadows are kept; resuming from an older one goes on without them."""
 
-Beside = Mapping[str, Mapping[str, Tensor]]
+Tensors = Mapping[str, Tensor | Shard]
+"""Tensors by name, or what this process holds of them."""
+
+Beside = Mapping[str, Tensors]
 """Kind (``moments``, ``buffers``, ``optimizer``) -> name -> value; an empty kind is not stored."""
 
 
 class StageJournal:
     """The metadata of one stage being recorded: status, plan, snapshots, second-moment versions.
 
-    Made by :meth:`begin` or :meth:`resume`.
+    Made by :meth:`begin` or :meth:`resume`. ``files`` says how snapshots are stored: by this process alone, or by each
+    its part.
     """
+
+    files: Files = Files()
 
     def __init__(
         self, storage: Storage, name: str, trainable: set[str], meta: dict[str, Any], claim: Claim | None = None
     ) -> None:
         self._storage, self._folder, self._trainable, self.meta = storage, f"stages/{name}", trainable, meta
         self._claim = claim
+        self.inherited: dict[str, Any] = {}  # what the first snapshot may point to; told, so that one process looks
 
     @staticmethod
     def begin(
         storage: Storage,
         name: str,
-        weights: dict[str, Tensor],
+        start: Described,
+        weights: Mapping[str, Tensor],
         trainable: set[str],
         facts: dict[str, Any],
-        beside: Beside | None = None,
         check: Callable[[Link], None] = lambda link: None,
     ) -> StageJournal:
-        """Create the stage.
+        """Create the stage, which is there for readers once :meth:`keep_start` has stored what it starts from.
 
         Args:
             storage: the ledger, created if needed.
             name: of the stage, not recorded yet.
-            weights: all parameters by canonical name, with the values the stage starts from.
+            start: shape and hash of all parameters by canonical name (:func:`ledger.links.describe_weights`).
+            weights: the parameters, or a sample of each (:func:`ledger.links.sample`).
             trainable: the names of those that train.
             facts: what else to store (plan, optimizer, versions of the software), JSON-ready.
-            beside: what to store beside the weights of the start.
             check: called with the stage's link to its parent, to refuse it before anything of it is stored.
 
         Raises:
             StageExistsError: the name is taken.
             ModelMismatchError: the ledger was recorded from another model.
         """
-        start = describe_weights(weights)
         link = _open_ledger(storage, start, weights, facts.get("adapters", ()))
         if link.parent is not None:
             trained_before = set(StageReader(storage, link.parent).meta["trainable"])
@@ -100,7 +109,7 @@ class StageJournal:
         }
         journal = StageJournal(storage, name, trainable, meta, claim)
         journal._describe({"start": start})
-        journal._keep_start(link, weights, beside or {})
+        journal.inherited = inherited(storage, link, trainable)
         return journal
 
     @staticmethod
@@ -130,7 +139,7 @@ class StageJournal:
                 fix="resume with the same settings, or record the rest as a stage of its own name.",
             )
         kept = [e for e in stage.meta["snapshots"] if e["step"] <= after_step and e["name"] != "end"]
-        attempt = {"after_step": after_step, "parts": stage.part_counts()}
+        attempt = {"after_step": after_step, "parts": stage.part_counts(), "processes": facts.get("processes", 1)}
         journal = StageJournal(storage, name, trainable, stage.meta, claim)
         states = [entry for entry in stage.meta.get("shadow_states", []) if entry["step"] <= after_step]
         journal.update(
@@ -144,10 +153,10 @@ class StageJournal:
         self.meta.update(changes)
         self._storage.write_json(f"{self._folder}/stage.json", self.meta)
 
-    def snapshot(self, name: str, step: int, weights: dict[str, Tensor], beside: Beside | None = None) -> None:
+    def snapshot(self, name: str, step: int, weights: Tensors, beside: Beside | None = None) -> None:
         """Store the trainable weights, and beside them what else is given."""
         trainable = {key: weights[key] for key in sorted(self._trainable)}
-        entry = save_tensors(self._storage, f"{self._folder}/{snapshot_name(name)}", trainable)
+        entry = self.files.save(self._storage, f"{self._folder}/{snapshot_name(name)}", trainable)
         self._add({"name": name, "step": step, **entry}, beside or {})
 
     def _add(self, entry: dict[str, Any], beside: Beside) -> None:
@@ -155,24 +164,22 @@ class StageJournal:
         for kind, tensors in beside.items():
             if not tensors:
                 continue
-            content = combine(fingerprint_tensors(dict(tensors)))
+            content = self.files.content(tensors)
             known = self._before(kind)
             if known.get("content") == content:
-                entry |= {kind: {"stored_in": known["stored_in"], "content": content}}
+                entry |= {kind: elsewhere(known, known["stored_in"]) | {"content": content}}
             else:
                 file = f"{self._folder}/{beside_name(entry['name'], kind)}"
-                entry |= {kind: save_tensors(self._storage, file, dict(tensors)) | {"content": content}}
+                entry |= {kind: self.files.save(self._storage, file, tensors) | {"content": content}}
+        if any("shards" in stored for stored in (entry, *entry.values()) if isinstance(stored, dict)):
+            self.meta["format"] = NEWEST
         self.update(snapshots=[*self.meta["snapshots"], entry])
 
     def _before(self, kind: str) -> dict[str, Any]:
         """Hash and place of what is beside the snapshot before, of this stage or at the end of its parent."""
-        name, snapshots = self.meta["name"], self.meta["snapshots"]
-        if not snapshots and self.meta["parent"]:
-            name = self.meta["parent"]
-            snapshots = [s for s in StageReader(self._storage, name).meta["snapshots"] if s["name"] == "end"]
-        if not snapshots or kind not in snapshots[-1]:
-            return {}
-        return {"stored_in": [name, snapshots[-1]["name"]]} | snapshots[-1][kind]
+        snapshots = self.meta["snapshots"]
+        stage, before = (self.meta["name"], snapshots[-1]) if snapshots else (self.meta["parent"], self.inherited)
+        return {"stored_in": [stage, before["name"]]} | before[kind] if kind in before else {}
 
     def second_moment(self, step: int, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
         """Store a new version of the factored second moments; returns its number, counted from 1."""
@@ -226,7 +233,8 @@ class StageJournal:
         status: str,
         reason: str,
         step: int,
-        weights: dict[str, Tensor] | None,
+        weights: Tensors | None,
+        described: Described | None = None,
         merged: Iterable[tuple[str, Tensor]] = (),
         beside: Beside | None = None,
     ) -> None:
@@ -237,35 +245,39 @@ class StageJournal:
             reason: why it is incomplete.
             step: the last one.
             weights: all parameters at the end; None if it was not reached.
+            described: their shapes and hashes.
             merged: those that merging the model's adapters would change, with the values this gives.
             beside: what to store beside the weights of the end.
         """
         if weights is not None:
+            assert described is not None
             self.snapshot("end", step, weights, beside)
-            end = describe_weights(weights)
-            self._describe({"end": end, "merged": describe_merged(merged)})
-            self.meta["weights"]["end"] = combined(end)
+            self._describe({"end": described, "merged": describe_merged(merged)})
+            self.meta["weights"]["end"] = combined(described)
             if states := self.meta.get("shadow_states"):
                 self._keep_states(states, ())  # nothing goes on with this stage
         self.update(status=status, reason=reason, ended=time.time())
         if self._claim is not None:
             self._claim.release()
 
+    def keep_start(self, weights: Tensors, beside: Beside | None = None) -> None:
+        """Store what the stage starts from. The start of a child is the end of its parent, stored once, if the parent
+        trained all of its weights too.
+
+        Args:
+            weights: all parameters at the start.
+            beside: what to store beside them.
+        """
+        if self.inherited.get("all_weights"):
+            place = self.inherited.get("stored_in") or [self.meta["parent"], "end"]
+            self._add({"name": "start", "step": 0, **elsewhere(self.inherited, place)}, beside or {})
+        else:
+            self.snapshot("start", 0, weights, beside)
+
     def _describe(self, weights: dict[str, Any]) -> None:
         path = f"{self._folder}/{WEIGHTS}"
         known = self._storage.read_json(path) if self._storage.exists(path) else {"format": FORMAT}
         self._storage.write_json(path, known | weights)
-
-    def _keep_start(self, link: Link, weights: dict[str, Tensor], beside: Beside) -> None:
-        """The start of a child is the end of its parent, stored once, if the parent trained all of its weights too."""
-        changed = {*link.added, *link.reshaped, *link.merged}
-        parent = StageReader(self._storage, link.parent) if link.parent else None
-        if parent is not None and self._trainable <= set(parent.meta["trainable"]) - changed:
-            entry = next(s for s in parent.meta["snapshots"] if s["name"] == "end")
-            stored_in = entry.get("stored_in") or [parent.name, "end"]
-            self._add({"name": "start", "step": 0, "stored_in": stored_in}, beside)
-        else:
-            self.snapshot("start", 0, weights, beside)
 
 
 def check_place(url: Any, stage: str) -> Storage:
@@ -286,9 +298,7 @@ def check_place(url: Any, stage: str) -> Storage:
     return storage
 
 
-def _open_ledger(
-    storage: Storage, start: dict[str, dict[str, Any]], weights: dict[str, Tensor], adapters: Iterable[str]
-) -> Link:
+def _open_ledger(storage: Storage, start: Described, weights: Mapping[str, Tensor], adapters: Iterable[str]) -> Link:
     """Create ``ledger.json``, or check that this model belongs to it; returns the stage that it continues."""
     if not storage.exists("ledger.json"):
         shapes = {name: entry["shape"] for name, entry in start.items()}
@@ -301,7 +311,7 @@ def _open_ledger(
     return link
 
 
-def check_same_model(ledger: Ledger, described: dict[str, dict[str, Any]]) -> None:
+def check_same_model(ledger: Ledger, described: Described) -> None:
     """Weights that continue no stage belong to a ledger if they share names, and no shared one changed its shape.
 
     Raises:

@@ -7,7 +7,7 @@ its adapters would make of the weights below them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +16,12 @@ from torch import Tensor
 
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.ledger.snapshots import combine, fingerprint_tensors
+from trainer_attrib.ledger.storage import Storage
 
 SAMPLES = 64  # entries of each merged weight that are compared
+
+Described = dict[str, dict[str, Any]]
+"""Weight -> its ``shape`` and ``hash``, JSON-ready."""
 
 
 @dataclass(frozen=True)
@@ -70,29 +74,29 @@ class Link:
         return f"continues '{self.parent}'" + (f" ({self.changes})" if self.changes else "")
 
 
-def describe_weights(weights: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def describe_weights(weights: dict[str, Tensor]) -> Described:
     """Shape and hash of each weight, JSON-ready."""
     hashes = fingerprint_tensors(weights)
     return {name: {"shape": list(weights[name].shape), "hash": hashes[name]} for name in hashes}
 
 
-def describe_merged(weights: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Any]]:
+def describe_merged(weights: Iterable[tuple[str, Tensor]]) -> Described:
     """Hash, precision and sampled entries of each weight with its adapter merged in, JSON-ready."""
     return {
-        name: {**describe_weights({name: w})[name], "dtype": _dtype(w), "values": _sample(w).tolist()}
+        name: {**describe_weights({name: w})[name], "dtype": _dtype(w), "values": sample(w).double().tolist()}
         for name, w in weights
     }
 
 
-def combined(described: dict[str, dict[str, Any]]) -> str:
+def combined(described: Described) -> str:
     """The hash of all weights."""
     return combine({name: entry["hash"] for name, entry in described.items()})
 
 
 def find_link(
     stages: Sequence[StageReader],
-    described: dict[str, dict[str, Any]],
-    weights: dict[str, Tensor],
+    described: Described,
+    weights: Mapping[str, Tensor],
     adapters: Iterable[str] = (),
 ) -> Link:
     """The stage that these weights come from.
@@ -104,7 +108,7 @@ def find_link(
     Args:
         stages: all of the ledger.
         described: the weights' shapes and hashes (:func:`describe_weights`).
-        weights: the weights.
+        weights: the weights, or a :func:`sample` of each.
         adapters: the names of those that belong to adapters.
     """
     ended = [stage for stage in stages if stage.meta["weights"].get("end")]
@@ -121,12 +125,20 @@ def find_link(
     return Link(reason=best.reason if best else "")
 
 
+def inherited(storage: Storage, link: Link, trainable: set[str]) -> dict[str, Any]:
+    """What a stage's start may point to instead of storing it again: its parent's last snapshot, as ``stage.json``
+    lists it, and whether that has ``all_weights`` that train. Empty without a parent."""
+    if link.parent is None:
+        return {}
+    parent = StageReader(storage, link.parent)
+    kept = set(parent.meta["trainable"]) - {*link.added, *link.reshaped, *link.merged}
+    return parent.snapshot_entry("end") | {"all_weights": trainable <= kept}
+
+
 class _Comparison:
     """Weights against the end of one stage."""
 
-    def __init__(
-        self, stage: StageReader, now: dict[str, dict[str, Any]], weights: dict[str, Tensor], adapters: set[str]
-    ) -> None:
+    def __init__(self, stage: StageReader, now: Described, weights: Mapping[str, Tensor], adapters: set[str]) -> None:
         then, self._could_merge = stage.weights_at("end"), stage.weights_at("merged")
         self.stage, self._adapters = stage, adapters
         both = then.keys() & now.keys()
@@ -187,14 +199,18 @@ def _is_merged(weight: Tensor, now: dict[str, Any], merged: dict[str, Any] | Non
         return False
     rounding = max(torch.finfo(p).eps for p in precisions)
     allowed = 2 * rounding * (expected.abs() + expected.square().mean().sqrt())
-    return bool(((_sample(weight) - expected).abs() <= allowed).all())
+    return bool(((sample(weight).double() - expected).abs() <= allowed).all())
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """Evenly spaced entries, float64."""
+def sample(weight: Tensor) -> Tensor:
+    """Evenly spaced entries, [at most 64], on the CPU; the sample of a sample is itself."""
     flat = weight.detach().reshape(-1)
-    at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).round().long()
-    return flat[at.to(flat.device)].double().cpu()
+    return flat[sampled(flat.numel()).to(flat.device)].cpu()
+
+
+def sampled(entries: int) -> Tensor:
+    """Which entries of a flat weight its sample holds."""
+    return torch.linspace(0, entries - 1, min(SAMPLES, entries), dtype=torch.float64).round().long()
 
 
 def _dtype(weight: Tensor) -> str:

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,12 @@ class StageReader(StageTensors):
     def steps(self) -> pa.Table:
         """All executed optimizer steps, in order."""
         return self._steps(skipped=False)
+
+    def steps_by_rank(self) -> dict[int, int]:
+        """How many executed steps each process told of; of one that was killed, those that it had sealed."""
+        steps = self._all("steps", STEPS)
+        told = zip(steps["rank"].to_pylist(), steps["skipped"].to_pylist(), strict=True)
+        return dict(Counter(rank or 0 for rank, skipped in told if not skipped))
 
     def skipped_steps(self) -> pa.Table:
         """Steps that a gradient scaler skipped, in order; ``step`` counts the steps executed before each. One that was

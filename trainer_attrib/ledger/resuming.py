@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer_attrib.errors import ConfigurationError
-from trainer_attrib.ledger.reader import Ledger
+from trainer_attrib.ledger.reader import Ledger, StageReader
 from trainer_attrib.ledger.storage import Storage
 
 
@@ -42,6 +42,25 @@ def belongs(url: Any, noted: Mapping[str, Any]) -> bool:
         return False
     meta = Ledger(url).stage(noted["stage"]).meta
     return meta["began"] == noted["began"] and meta["status"] != "complete"
+
+
+def lost_steps(stage: StageReader, after_step: int) -> dict[int, int]:
+    """How many of the steps up to ``after_step`` each process told nothing of; processes that told of all are left out.
+
+    What a killed process had not sealed is lost, also where the others go on. Where the attempts before the last one
+    had different numbers of processes, nothing is known of any of them.
+
+    Args:
+        stage: resumed again just now.
+        after_step: where it goes on.
+    """
+    sizes = {attempt.get("processes") for attempt in stage.meta["resumed"][:-1]}
+    processes = stage.meta["processes"]
+    if sizes - {processes, None}:
+        return {}
+    told = stage.steps_by_rank()
+    lost = {rank: after_step - told.get(rank, 0) for rank in range(processes)}
+    return {rank: steps for rank, steps in lost.items() if steps > 0}
 
 
 def _why_not(noted: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from trainer_attrib.errors import ConfigurationError, LedgerFormatError
 
-FORMAT, NEWEST = 1, 2  # of what every version reads; of a stage whose rows only this one and later ones decode
+FORMAT, NEWEST = 1, 2  # of what every version reads; of a stage whose rows or shards only this one and later ones read
 WEIGHTS = "weights.json"  # shapes and fingerprints of every weight at a stage's start and end
 
 ROWS = pa.schema(
@@ -133,6 +133,16 @@ def snapshot_name(name: str) -> str:
 def beside_name(name: str, kind: str) -> str:
     """Relative name of the file with what is stored beside a snapshot: ``moments``, ``buffers`` or ``optimizer``."""
     return f"snapshots/{name}.{kind}.safetensors"
+
+
+def shard_name(file: str, rank: int) -> str:
+    """Relative name of the file with what one process holds of the tensors that would be in ``file``."""
+    return f"{file.removesuffix('.safetensors')}.rank-{int(rank):04d}.safetensors"
+
+
+def ending_name(rank: int) -> str:
+    """Each process but the first says in a file of its own that its recording broke off, and why."""
+    return f"ending-{rank:04d}.json"
 
 
 def shadow_name(of: str, replica: int, kind: str = "") -> str:

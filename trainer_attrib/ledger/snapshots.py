@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,11 +24,42 @@ def combine(fingerprints: dict[str, str]) -> str:
     return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
-def save_tensors(storage: Storage, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+class Fingerprint:
+    """The hash of a tensor whose bytes come in pieces, in order; the same as that of the whole."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self._state = hashlib.blake2b(f"{dtype}{tuple(shape)}".encode(), digest_size=16)
+
+    def add(self, piece: Tensor) -> None:
+        """Take in the next entries, contiguous and on the CPU."""
+        if piece.numel():
+            self._state.update(piece.reshape(-1).view(torch.uint8).numpy().data)
+
+    def hexdigest(self) -> str:
+        """The hash."""
+        return self._state.hexdigest()
+
+
+class Files:
+    """How a journal stores a set of tensors: one file, in one process. :class:`ledger.sharded.ShardFiles` is the other
+    way."""
+
+    def content(self, tensors: Mapping[str, Any]) -> str:
+        """One hash of all tensors."""
+        return combine(fingerprint_tensors(dict(tensors)))
+
+    def save(self, storage: Storage, name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Store them; returns what a reader needs to find and check them."""
+        return save_tensors(storage, name, dict(tensors))
+
+
+def save_tensors(
+    storage: Storage, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Write tensors atomically as safetensors; returns the file's length and checksum."""
     copies = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with storage.replacing(name) as path:
-        save_file(copies, path)
+        save_file(copies, path, metadata)
         return {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
 
 
@@ -37,7 +69,6 @@ def load_tensors(storage: Storage, name: str) -> dict[str, Tensor]:
 
 
 def _fingerprint(tensor: Tensor) -> str:
-    tensor = tensor.detach().cpu().contiguous()
-    state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
-    state.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return state.hexdigest()
+    fingerprint = Fingerprint(tensor.dtype, tuple(tensor.shape))
+    fingerprint.add(tensor.detach().cpu().contiguous())
+    return fingerprint.hexdigest()

@@ -8,8 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from trainer_attrib.errors import StageNotFoundError
-from trainer_attrib.ledger.schema import beside_name, check_format, check_stage_name, snapshot_name, version_name
+from trainer_attrib.ledger.schema import (
+    beside_name,
+    check_format,
+    check_stage_name,
+    ending_name,
+    shard_name,
+    snapshot_name,
+    version_name,
+)
 from trainer_attrib.ledger.shadowed import Shadowed, nested
+from trainer_attrib.ledger.sharded import load_sharded
 from trainer_attrib.ledger.snapshots import load_tensors
 from trainer_attrib.ledger.storage import Storage
 
@@ -24,6 +33,8 @@ class StageTensors(Shadowed):
         self.name, self._storage, self._folder = name, storage, f"stages/{name}"
         self.meta = storage.read_json(f"{self._folder}/stage.json")
         check_format(self.meta, storage.path(f"{self._folder}/stage.json"))
+        if self.meta.get("status") == "recording" and (reason := self._broken_off()):
+            self.meta |= {"status": "incomplete", "reason": reason}
 
     @property
     def storage(self) -> Storage:
@@ -36,21 +47,23 @@ class StageTensors(Shadowed):
         Raises:
             StageNotFoundError: no such snapshot.
         """
-        return int(self._snapshot(name)["step"])
+        return int(self.snapshot_entry(name)["step"])
 
     def snapshot(self, name: str) -> dict[str, Tensor]:
-        """Trainable weights at ``"start"``, ``"end"`` or inside the stage.
+        """Trainable weights at ``"start"``, ``"end"`` or inside the stage, put together where several processes stored
+        a part each.
 
         Raises:
             StageNotFoundError: no such snapshot, for instance the end of an interrupted stage.
+            LedgerNotFoundError, CorruptPartError: a file is missing or cut; of several, it says of which process.
         """
-        return load_tensors(self._storage, self._path(name, self._snapshot(name)))
+        return self._load(name, self.snapshot_entry(name))
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """Second moments at a snapshot: what the step before it divided by the root of, bias-corrected, by weight name
         and in the weight's shape, float32 (float64 for float64 weights). A second moment that the optimizer keeps as
-        row and column means is multiplied out. Empty at the start, where the optimizer keeps none or nothing can be
-        read of it, and where weights are sharded.
+        row and column means is multiplied out, and left out where weights are sharded. Empty at the start, and where
+        the optimizer keeps none or nothing can be read of it.
 
         Raises:
             StageNotFoundError: no such snapshot.
@@ -82,7 +95,22 @@ class StageTensors(Shadowed):
         flat = load_tensors(self._storage, f"{self._folder}/{version_name(version)}")
         return {k[: -len(".rows")]: (flat[k], flat[k[: -len("rows")] + "columns"]) for k in flat if k.endswith(".rows")}
 
-    def _snapshot(self, name: str) -> dict[str, Any]:
+    def _broken_off(self) -> str:
+        """What other processes said of how the recording broke off, where process 0 did not live to say it."""
+        said = []
+        for rank in range(1, self.meta.get("processes", 1)):
+            name = f"{self._folder}/{ending_name(rank)}"
+            found = self._storage.read_json(name) if self._storage.exists(name) else {}
+            if found.get("attempt") == len(self.meta["resumed"]):
+                said.append(f"rank {rank} after step {found['step']}: {found['reason']}")
+        return "; ".join(said)
+
+    def snapshot_entry(self, name: str) -> dict[str, Any]:
+        """What ``stage.json`` says of a snapshot.
+
+        Raises:
+            StageNotFoundError: no such snapshot.
+        """
         for entry in self.meta["snapshots"]:
             if entry["name"] == name:
                 return entry
@@ -93,8 +121,14 @@ class StageTensors(Shadowed):
         )
 
     def _beside(self, name: str, kind: str) -> dict[str, Tensor]:
-        entry = self._snapshot(name).get(kind)
-        return {} if entry is None else load_tensors(self._storage, self._path(name, entry, kind))
+        entry = self.snapshot_entry(name).get(kind)
+        return {} if entry is None else self._load(name, entry, kind)
+
+    def _load(self, name: str, entry: dict[str, Any], kind: str = "") -> dict[str, Tensor]:
+        path = self._path(name, entry, kind)
+        if "shards" in entry:
+            return load_sharded(self._storage, path, entry["shards"])
+        return load_tensors(self._storage, path)
 
     def _path(self, name: str, entry: dict[str, Any], kind: str = "") -> str:
         """Where a snapshot, or what is beside it, is stored: here, or with another snapshot of the lineage."""
@@ -107,11 +141,26 @@ class StageTensors(Shadowed):
         """What each file is for people, its path in the ledger, and its entry; of shared ones too."""
         for snapshot in self.meta["snapshots"]:
             name = snapshot["name"]
-            yield f"snapshot {name}", self._path(name, snapshot), snapshot
+            yield from _files(f"snapshot {name}", self._path(name, snapshot), snapshot)
             for kind in BESIDE:
                 if kind in snapshot:
-                    yield f"{kind} of snapshot {name}", self._path(name, snapshot[kind], kind), snapshot[kind]
+                    path = self._path(name, snapshot[kind], kind)
+                    yield from _files(f"{kind} of snapshot {name}", path, snapshot[kind])
         for version in self.meta["versions"]:
             path = f"{self._folder}/{version_name(version['version'])}"
             yield f"second moments of version {version['version']}", path, version
         yield from self._shadow_files()
+
+
+def elsewhere(entry: dict[str, Any], place: list[str]) -> dict[str, Any]:
+    """An entry for what is stored with another snapshot already: where, and in the files of which processes."""
+    return {"stored_in": place} | ({"shards": entry["shards"]} if "shards" in entry else {})
+
+
+def _files(what: str, path: str, entry: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The file of an entry, or those of all processes."""
+    if "shards" not in entry:
+        yield what, path, entry
+    for rank, shard in entry.get("shards", {}).items():
+        shared = {"stored_in": entry["stored_in"]} if "stored_in" in entry else {}
+        yield f"{what}, rank {int(rank)}", shard_name(path, int(rank)), shard | shared

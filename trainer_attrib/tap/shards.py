@@ -12,10 +12,15 @@ from trainer_attrib.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Shard:
-    """``local`` are the entries ``start`` to ``start + len(local)`` along the parameter's first axis."""
+    """``local`` are the entries ``start`` to ``start + len(local)`` along the first axis of a parameter of ``shape``.
+
+    ``distributed`` tells a part from a tensor that every process holds as a whole.
+    """
 
     local: Tensor
     start: int
+    shape: tuple[int, ...]
+    distributed: bool = False
 
     @property
     def span(self) -> slice:
@@ -31,7 +36,7 @@ def shard_of(tensor: Tensor) -> Shard:
     """
     placements: Any = getattr(tensor, "placements", None)
     if placements is None:
-        return Shard(tensor, 0)
+        return Shard(tensor, 0, tuple(tensor.shape))
     distributed: Any = tensor
     if len(placements) != 1 or not placements[0].is_shard(dim=0):
         raise ConfigurationError(
@@ -40,6 +45,11 @@ def shard_of(tensor: Tensor) -> Shard:
             cause="tensor parallelism, hybrid sharding or a mesh of several dimensions.",
             fix="train with DDP or plain fully_shard, or without recording.",
         )
-    size = distributed.device_mesh.size()
-    chunk = -(-tensor.shape[0] // size)  # as torch.chunk cuts, which is how FSDP2 places rows
-    return Shard(distributed.to_local(), min(distributed.device_mesh.get_local_rank() * chunk, tensor.shape[0]))
+    start, _ = rows_of(tensor.shape[0], distributed.device_mesh.get_local_rank(), distributed.device_mesh.size())
+    return Shard(distributed.to_local(), start, tuple(tensor.shape), distributed=True)
+
+
+def rows_of(rows: int, place: int, places: int) -> tuple[int, int]:
+    """Where the rows of one place begin and end, as ``torch.chunk`` cuts, which is how FSDP2 places them."""
+    chunk = -(-rows // places)
+    return min(place * chunk, rows), min((place + 1) * chunk, rows)

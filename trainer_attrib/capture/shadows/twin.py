@@ -90,7 +90,8 @@ class Twin:
 
     def state(self) -> tuple[dict[str, Tensor], list[str]]:
         """The state as ``0/WEIGHT/KEY`` -> copy on the CPU, and the entries that cannot be stored."""
-        return stored_state([self._optimizer], self.tensors)
+        state, left_out = stored_state([self._optimizer], self.tensors)
+        return {path: value for path, value in state.items() if isinstance(value, Tensor)}, left_out
 
     def load(self, state: State, like: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
         """Begin with a state.
