@@ -44,7 +44,7 @@ def main(how: str, ledger: str, weights: str, fault: str = "") -> None:
     if how != "alone":
         dist.init_process_group("gloo")
         rank, size = dist.get_rank(), dist.get_world_size()
-    trained = _distributed(how, model)
+    trained = distributed(how, model)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     _inject(fault, rank)
     recorder = Recorder(ledger, stage="one", model=trained, optimizer=optimizer, total_steps=STEPS, snapshots=1).start()
@@ -69,7 +69,8 @@ def main(how: str, ledger: str, weights: str, fault: str = "") -> None:
         dist.destroy_process_group()
 
 
-def _distributed(how: str, model: Any) -> Any:
+def distributed(how: str, model: Any) -> Any:
+    """The model as DDP or FSDP2 trains it."""
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if how == "fsdp":
