@@ -16,6 +16,7 @@ from torch import nn
 from trainer_attrib.capture.recorder import Recorder
 from trainer_attrib.capture.step_recorder import StepRecorder
 from trainer_attrib.ledger.writer import StageWriter
+from trainer_attrib.types import SketchConfig
 
 STEPS, BATCH = 14, 4  # of all processes together; second moments are folded in after steps 4 and 12
 
@@ -47,7 +48,10 @@ def main(how: str, ledger: str, weights: str, fault: str = "") -> None:
     trained = distributed(how, model)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     _inject(fault, rank)
-    recorder = Recorder(ledger, stage="one", model=trained, optimizer=optimizer, total_steps=STEPS, snapshots=1).start()
+    recorder = Recorder(
+        ledger, stage="one", model=trained, optimizer=optimizer, total_steps=STEPS, snapshots=1,
+        sketch=SketchConfig(dtype="float32"),  # of which more can be compared than of the default's float16
+    ).start()  # fmt: skip
     for step in range(STEPS):
         mine = torch.arange(step * BATCH, (step + 1) * BATCH)[rank * BATCH // size : (rank + 1) * BATCH // size]
         with recorder.batch(ids=[f"example-{i}" for i in mine.tolist()]):
