@@ -222,5 +222,6 @@ def _caveats(question: Question, stage: StageReader) -> list[str]:
     if stage.meta["correction_unavailable"]:
         said.append(f"stage '{stage.name}': {stage.meta['correction_unavailable']}")
     if stage.meta["status"] != "complete":
-        said.append(f"stage '{stage.name}' is {stage.meta['status']}: {stage.meta['reason'] or 'still running'}")
+        reason = stage.meta["reason"] or "still running, or ended by a signal"
+        said.append(f"stage '{stage.name}' is {stage.meta['status']}: {reason}")
     return said
