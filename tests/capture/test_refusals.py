@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.support import support
 from trainer_attrib.capture.recorder import Recorder
@@ -79,3 +80,16 @@ def test_other_placements_than_fully_sharded_rows(placement: list, group: None, 
                 setattr(module, name, nn.Parameter(distribute_tensor(parameter.data, mesh, placement)))
     with pytest.raises(ConfigurationError, match="FSDP2's sharding of the first axis"):
         record(model, tmp_path)
+
+
+@support(AREA, "hybrid sharding in separate groups of processes", refused=True)
+def test_shards_over_a_part_of_the_processes(tmp_path: Path) -> None:
+    """Process 0 of 4, of which two hold the one half of each weight and two the other."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        mesh, model = DeviceMesh("cpu", [0, 1]), nn.Sequential(nn.Linear(6, 4, bias=False))
+        model[0].weight = nn.Parameter(DTensor.from_local(torch.ones(2, 6), mesh, [Shard(0)]))
+        with pytest.raises(ConfigurationError, match="sharded over 2 of 4 processes"):
+            record(model, tmp_path)
+    finally:
+        dist.destroy_process_group()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from trainer_attrib.capture.processes import Processes
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.tap.shards import shard_of
 
@@ -40,4 +42,16 @@ def refuse_unknown_parallelism(model: nn.Module, optimizers: Iterable[Optimizer]
         why, instead = _REFUSED["deepspeed.runtime.engine.DeepSpeedEngine"]
         raise ConfigurationError(f"The optimizer is DeepSpeed's: {why}.", fix=instead + ".")
     for parameter in model.parameters():
-        shard_of(parameter.data)
+        if shard_of(parameter.data).distributed:
+            _refuse_part_of_the_processes(parameter)
+
+
+def _refuse_part_of_the_processes(parameter: Any) -> None:
+    """What shards hold is added up over all processes, so that two groups with the same rows would count twice."""
+    size, processes = parameter.device_mesh.size(), Processes.current().size
+    if size != processes:
+        raise ConfigurationError(
+            f"A parameter is sharded over {size} of {processes} processes.",
+            cause="hybrid sharding: several groups of processes hold the same rows.",
+            fix="shard over all processes (plain fully_shard), or train with DDP, or without recording.",
+        )
