@@ -22,7 +22,7 @@ from trainer_attrib.ledger.passes import PassFiles
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.ledger.schema import EXAMPLES, ROWS
 from trainer_attrib.numerics.sketching import unit_rows
-from trainer_attrib.progress import Bar
+from trainer_attrib.progress import Bar, progress
 from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.projections import Projections
 
@@ -59,46 +59,50 @@ def sketch(view: Lineage, stage: StageReader, examples: Examples, snapshot: str)
         NotComparableError: weights of the snapshot are not known, or none of the rows' weights is in the model.
     """
     files, dtype = PassFiles(stage, snapshot), stage.meta["sketch"]["dtype"]
-    step = stage.snapshot_step(snapshot)
-    version = _version(stage, step)
-    files.begin(_fingerprint(examples), version, dtype, _described(examples))
+    version = _version(stage, stage.snapshot_step(snapshot))
+    runner = view.runner
+    runner.once(lambda: files.begin(_fingerprint(examples), version, dtype, _described(examples)))
     order = [position for batch in examples.batches() for position in batch][files.rows :]
-    if order:
-        with standing(view.model, view.inside(stage, snapshot)):
-            _fill(files, view, stage, version, step, examples, order)
+    kept = max(1, PART_BYTES // (4 * stage.width) // examples.batch_size) * examples.batch_size
+    shares = [order[first : first + kept] for first in range(0, len(order), kept)]
+    made = runner.map(_RowsOf(view, stage, snapshot, version, examples), shares)
+    for table, unit_NK in progress(made, f"parts of {stage.name}", len(shares)):
+        runner.once(lambda: files.add(table, unit_NK))  # noqa: B023  it is called at once
     return Pass(stage.name, snapshot, files.rows, stage.codec(dtype).record.itemsize)
 
 
-def _fill(
-    files: PassFiles,
-    view: Lineage,
-    stage: StageReader,
-    version: int,
-    step: int,
-    examples: Examples,
-    order: Sequence[int],
-) -> None:
-    whole = SketchPlan.from_dict(stage.meta["plan"])
-    plan = whole.of_weights({weight.name for weight in whole.weights} - {*missing_weights(view.model, stage)})
-    held = [weight for weight in whole.weights if weight.name in {part.name for part in plan.weights}]
-    spans = [(weight.span, part.span) for weight, part in zip(held, plan.weights, strict=True)]
-    projections = Projections(plan, view.model, stage.factors(version), version)
-    kept = max(1, PART_BYTES // (4 * whole.width) // examples.batch_size) * examples.batch_size
-    with (
-        GradientRows(view.model, projections).opened() as rows,
-        Bar(f"rows of {stage.name}", len(order)) as bar,
-    ):
-        for first in range(0, len(order), kept):
-            positions = order[first : first + kept]
-            sketches = torch.zeros(len(positions), whole.width)
-            for at in range(0, len(positions), examples.batch_size):
-                batch = positions[at : at + examples.batch_size]
-                found = rows.of_losses(examples, batch).float().cpu()
-                for theirs, ours in spans:
-                    sketches[at : at + len(batch), theirs] = found[:, ours]
-                bar.update(len(batch))
-            unit_NK, norms_N = unit_rows(whole.pool(sketches))
-            files.add(_table(examples, positions, norms_N, version, step), unit_NK.numpy())
+@dataclass(frozen=True)
+class _RowsOf:
+    """Makes the rows of some examples at a snapshot: positions -> their table, unit-norm rows [N, width]."""
+
+    view: Lineage
+    stage: StageReader
+    snapshot: str
+    version: int
+    examples: Examples
+
+    def __call__(self, positions: Sequence[int]) -> tuple[pa.Table, np.ndarray]:
+        view, stage, examples = self.view, self.stage, self.examples
+        whole = SketchPlan.from_dict(stage.meta["plan"])
+        plan = whole.of_weights({weight.name for weight in whole.weights} - {*missing_weights(view.model, stage)})
+        held = [weight for weight in whole.weights if weight.name in {part.name for part in plan.weights}]
+        spans = [(weight.span, part.span) for weight, part in zip(held, plan.weights, strict=True)]
+        sketches = torch.zeros(len(positions), whole.width)
+        with standing(view.model, view.inside(stage, self.snapshot)):
+            projections = Projections(plan, view.model, stage.factors(self.version), self.version)
+            with (
+                GradientRows(view.model, projections).opened() as rows,
+                Bar(f"rows of {stage.name}", len(positions)) as bar,
+            ):
+                for at in range(0, len(positions), examples.batch_size):
+                    batch = positions[at : at + examples.batch_size]
+                    found = rows.of_losses(examples, batch).float().cpu()
+                    for theirs, ours in spans:
+                        sketches[at : at + len(batch), theirs] = found[:, ours]
+                    bar.update(len(batch))
+        unit_NK, norms_N = unit_rows(whole.pool(sketches))
+        step = stage.snapshot_step(self.snapshot)
+        return _table(examples, positions, norms_N, self.version, step), unit_NK.numpy()
 
 
 def _table(examples: Examples, positions: Sequence[int], norms_N: Tensor, version: int, step: int) -> pa.Table:

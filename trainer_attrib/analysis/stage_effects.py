@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from trainer_attrib.analysis.effects.auto import Auto
 from trainer_attrib.analysis.effects.coalitions import shapley
@@ -45,8 +46,9 @@ def stage_effects(lineage: Lineage, methods: Sequence[str | Method]) -> StageEff
     for method in chosen:
         for stage in lineage.stages:
             method.check(lineage, stage)
-    asked = [(stage, method) for stage in lineage.stages for method in chosen]
-    found = [(stage, method, estimate(method, lineage, stage)) for stage, method in progress(asked, "stage effects")]
+    asked = [(stage, method) for stage in range(len(lineage.stages)) for method in range(len(chosen))]
+    answers = progress(lineage.runner.map(_Estimated(lineage, chosen), asked), "stage effects", len(asked))
+    found = [(lineage.stages[s], chosen[m], one) for (s, m), one in zip(asked, answers, strict=True)]
     rows = [row for stage, method, one in found for row in _rows(lineage, stage, one.method or method.name, one)]
     caveats = [*(method.caveat for method in chosen), *(note for *_, one in found for note in one.notes)]
     caveats += [_unreliable(method, stage, one) for stage, method, one in found]
@@ -56,6 +58,19 @@ def stage_effects(lineage: Lineage, methods: Sequence[str | Method]) -> StageEff
         for row in _interactions(lineage, method.name, [one for _, its, one in found if its is method])
     ]
     return _result(lineage, rows, caveats, sums)
+
+
+@dataclass(frozen=True)
+class _Estimated:
+    """The effect of a stage by a method, both by number."""
+
+    lineage: Lineage
+    methods: Sequence[Method]
+
+    def __call__(self, asked: tuple[int, int]) -> Estimate:
+        """Without the weights that it predicts, which nobody asks for here and which are as large as the model."""
+        stage, method = asked
+        return replace(estimate(self.methods[method], self.lineage, self.lineage.stages[stage]), displacement=None)
 
 
 def _unreliable(method: Method, stage: StageReader, found: Estimate) -> str:

@@ -9,7 +9,6 @@ Boundaries are counted: 2i is the start of stage i, 2i + 1 its end, 2n the model
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ class Timeline:
             link,
         ]  # link i leads to stage i, the last to the model
         self._trained = [set(stage.meta["trainable"]) for stage in stages]
-        self._snapshot = cache(lambda stage, when: self._stages[stage].snapshot(when))
+        self._read: dict[tuple[int, str], dict[str, Tensor]] = {}
 
     def at(self, stage: StageReader, when: str) -> dict[str, Tensor]:
         """Values at a stage's ``"start"`` or ``"end"`` of all weights that are others now.
@@ -56,6 +55,12 @@ class Timeline:
         known = {name: value for name, value in found.items() if value is not None}
         self._check_neutral(known, boundary, stage, when)
         return known
+
+    def _snapshot(self, stage: int, when: str) -> dict[str, Tensor]:
+        """Each is read once."""
+        if (stage, when) not in self._read:
+            self._read[stage, when] = self._stages[stage].snapshot(when)
+        return self._read[stage, when]
 
     def change(self, stage: StageReader) -> Displacement:
         """What a stage did to the model's weights: its end minus its start."""

@@ -15,9 +15,10 @@ from torch import nn
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.errors import EvaluationError
 from trainer_attrib.evaluation.estimates import same_length
+from trainer_attrib.execution.runner import Runner, runner_of
 from trainer_attrib.ledger.snapshots import load_tensors, save_tensors
 from trainer_attrib.ledger.storage import Storage, digest
-from trainer_attrib.progress import Bar
+from trainer_attrib.progress import progress
 
 Train = Callable[[np.ndarray, int], nn.Module]
 """(positions of the examples to train on, ascending; seed) -> the trained model. The same arguments give the same
@@ -39,6 +40,7 @@ class Retrained:
         examples: ids of the N examples that ``train`` counts, which is the order of the masks' columns.
         recipe: what else decides a trained model, in your words: model, optimizer, epochs. Change it when they change.
         train: trains a model; without it only what is there can be read.
+        runner: where models are trained: ``"serial"``, ``"torchrun"``, ``"ray"``, or a runner.
 
     Raises:
         EvaluationError: ids repeat, or the directory holds the values of other examples, behaviors or another recipe.
@@ -51,6 +53,7 @@ class Retrained:
         examples: Sequence[str],
         recipe: str,
         train: Train | None = None,
+        runner: str | Runner = "serial",
     ) -> None:
         if len(set(examples)) != len(examples):
             raise EvaluationError(
@@ -59,8 +62,8 @@ class Retrained:
                 fix="give every example an id of its own, such as its row number.",
             )
         self.behaviors, self.examples, self.recipe = tuple(behaviors), tuple(examples), recipe
-        self._train, self._storage = train, Storage(directory)
-        self._check(self._facts())
+        self._train, self._storage, self._runner = train, Storage(directory), runner_of(runner)
+        self._runner.once(lambda: self._check(self._facts()))
 
     @property
     def queries(self) -> int:
@@ -69,9 +72,8 @@ class Retrained:
 
     def missing(self, subsets: np.ndarray, seeds: Sequence[int] = (0,)) -> int:
         """How many models :meth:`measure` would train."""
-        there = set(self._storage.names("values"))
         wanted = {self._file(mask, seed) for mask in self._masks(subsets) for seed in seeds}
-        return len(wanted - {f"values/{name}" for name in there})
+        return len(wanted - self._stored())
 
     def measure(self, subsets: np.ndarray, seeds: Sequence[int] = (0,)) -> np.ndarray:
         """Behaviors of the models trained on these subsets, float64 [M, S, Q]; trains what is missing.
@@ -87,19 +89,13 @@ class Retrained:
         masks_MN, left = self._masks(subsets), self.missing(subsets, seeds)
         if left and self._train is None:
             raise self._untrained(left)
-        there = {f"values/{name}" for name in self._storage.names("values")}
-        result = np.empty((len(masks_MN), len(seeds), self.queries))
-        with Bar("retraining", left, silent=not left) as bar:
-            for m, mask_N in enumerate(masks_MN):
-                for s, seed in enumerate(seeds):
-                    name = self._file(mask_N, seed)
-                    if name in there:
-                        result[m, s] = self._read(name, mask_N)
-                        continue
-                    result[m, s] = self._retrain(name, mask_N, seed)
-                    there.add(name)
-                    bar.update()
-        return result
+        wanted = [(self._file(mask_N, seed), mask_N, seed) for mask_N in masks_MN for seed in seeds]
+        there = self._stored()
+        tasks = [task for task in {task[0]: task for task in wanted}.values() if task[0] not in there]
+        for _ in progress(self._runner.map(self._retrain, tasks), "retraining", len(tasks)):
+            pass  # every model's values are stored by who trained it
+        values = [self._read(name, mask_N) for name, mask_N, _ in wanted]
+        return np.array(values).reshape(len(masks_MN), len(seeds), self.queries)
 
     def of_all(self, seeds: Sequence[int] = (0,)) -> np.ndarray:
         """Behaviors of the models trained on all examples, float64 [S, Q]."""
@@ -119,10 +115,14 @@ class Retrained:
         stored_Q = self.measure(subset[None], (seed,))[0, 0]
         return float(np.abs(self._values(subset, seed).numpy() - stored_Q).max())
 
-    def _retrain(self, name: str, mask_N: np.ndarray, seed: int) -> np.ndarray:
+    def _stored(self) -> set[str]:
+        """Files of the models that were measured; asked for once, so that all who then train know of the same."""
+        return self._runner.once(lambda: {f"values/{name}" for name in self._storage.names("values")})
+
+    def _retrain(self, task: tuple[str, np.ndarray, int]) -> None:
+        name, mask_N, seed = task
         values_Q = self._values(mask_N, seed)
         save_tensors(self._storage, name, {"values": values_Q, "subset": torch.from_numpy(mask_N.astype(np.uint8))})
-        return values_Q.numpy()
 
     def _values(self, mask_N: np.ndarray, seed: int) -> torch.Tensor:
         if self._train is None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from trainer_attrib.errors import MissingExtraError
 from trainer_attrib.execution.outcome import Outcome
+from trainer_attrib.execution.runner import Serial
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -34,17 +35,17 @@ class Ray:
         if not self._ray.is_initialized():
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing leaves this machine
             self._ray.init(num_cpus=workers, include_dashboard=False, logging_level="error", log_to_driver=False)
+        self._actors: list[Any] = []
         self.workers = workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
     def map(self, work: Callable[[Task], Answer], tasks: Sequence[Task]) -> Iterator[Answer]:
         """See :meth:`trainer_attrib.execution.runner.Runner.map`."""
-        given = self._ray.put(work)
-        actors = [self._actor().remote(given) for _ in range(min(self.workers, len(tasks)))]
+        given, actors = [self._ray.put(work)], self._some(len(tasks))  # in a list, an actor fetches it when it wants
         waiting: deque[Any] = deque()
         for number, task in enumerate(tasks):
             if len(waiting) == _AHEAD * len(actors):
                 yield self._ray.get(waiting.popleft()).get()
-            waiting.append(actors[number % len(actors)].do.remote(task))
+            waiting.append(actors[number % len(actors)].do.remote(given, task))
         while waiting:
             yield self._ray.get(waiting.popleft()).get()
 
@@ -52,15 +53,27 @@ class Ray:
         """See :meth:`trainer_attrib.execution.runner.Runner.once`; by the process that asks."""
         return work()
 
-    def _actor(self) -> Any:
-        return self._ray.remote(num_cpus=1)(_Actor)
+    def __reduce__(self) -> tuple[type[Serial], tuple[()]]:
+        """What work maps inside an actor is done there."""
+        return Serial, ()
+
+    def _some(self, wanted: int) -> list[Any]:
+        """Actors, which stay: a new one has to import all of torch first."""
+        actor = self._ray.remote(num_cpus=1)(_Actor)
+        self._actors += [actor.remote() for _ in range(len(self._actors), min(self.workers, wanted))]
+        return self._actors
 
 
 class _Actor:
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        self._work = work
+    """Does tasks, and holds on to what they have in common."""
 
-    def do(self, task: Any) -> Outcome[Any]:
+    def __init__(self) -> None:
+        self._given: Any = None
+        self._work: Any = None
+
+    def do(self, given: list[Any], task: Any) -> Outcome[Any]:
+        if self._given != given:
+            self._given, self._work = given, _require().get(given[0])
         return Outcome.of(self._work, task)
 
 
