@@ -40,6 +40,13 @@ def copy(recorded: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(recorded / "ledger", tmp_path / "ledger"))
 
 
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    """Of the whole batch of a step."""
+    tokens, labels = data()
+    batch = slice(step * BATCH, (step + 1) * BATCH)
+    return nn.functional.cross_entropy(model(tokens[batch]), labels[batch])
+
+
 def stage_of(ledger: Path, name: str = "one") -> StageReader:
     return Ledger(ledger).stage(name)
 
@@ -162,6 +169,9 @@ def test_the_analyzer_answers_in_one_process(recorded: Path) -> None:
     behavior = ta.Behavior("right", items, right)
     effects = analyzer.stage_effects([behavior], method="change")
     assert {row["stage"] for row in effects.to_table().to_pylist()} == {"one", "two"}
+    programs = {"two": lambda model: [lambda s=s: loss_of(model, s) for s in range(STEPS)]}
+    propagated = analyzer.stage_effects([behavior], method="propagate", programs=programs).to_table().to_pylist()
+    assert {row["stage"] for row in propagated if np.isfinite(row["effect"])} == {"one", "two"}
     influence = analyzer.influence([behavior], stages=["one"])
     folded_in = range(4 * BATCH, STEPS * BATCH)  # rows before the second moments are left out beside later ones
     assert {*influence.examples.ids} == {f"example-{i}" for i in folded_in}
