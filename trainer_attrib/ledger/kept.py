@@ -16,6 +16,7 @@ from trainer_attrib.errors import ConfigurationError, LedgerNotFoundError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.ledger.schema import FORMAT, check_format
 from trainer_attrib.ledger.storage import Storage, digest, json_ready
+from trainer_attrib.ledger.tables import read_table
 
 FOLDER = "answers"
 _KEY = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
@@ -68,7 +69,7 @@ class Answers:
     def scores(self, key: str) -> pa.Table | None:
         """Scores of all examples, if the answer has them."""
         name = f"{FOLDER}/{checked(key)}.parquet"
-        return pq.read_table(io.BytesIO(self._storage.read(name))) if self._storage.exists(name) else None
+        return read_table(self._storage, name, None, None) if self._storage.exists(name) else None
 
     def keys(self) -> list[str]:
         """Of all answers, sorted."""

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer_attrib.errors import ConfigurationError, CorruptPartError, StageNotFoundError
+from trainer_attrib.errors import ConfigurationError, StageNotFoundError
 from trainer_attrib.ledger.claims import Claim
 from trainer_attrib.ledger.reader import RowBlock, RowPart, StageReader
 from trainer_attrib.ledger.row_codecs import RowCodec
 from trainer_attrib.ledger.schema import EXAMPLES, ROWS, check_format
-from trainer_attrib.ledger.storage import digest
 from trainer_attrib.ledger.stored_rows import StoredRows
+from trainer_attrib.ledger.tables import corrupt, read_table
 
 
 class PassFiles:
@@ -89,7 +89,8 @@ class PassFiles:
 
     def examples(self) -> pa.Table:
         """All examples of the pass."""
-        return pq.read_table(io.BytesIO(self._storage.read(f"{self._folder}/examples.parquet")))
+        meta = self.meta
+        return read_table(self._storage, f"{self._folder}/examples.parquet", meta["sealed"], EXAMPLES, meta["examples"])
 
     def parts(self) -> list[RowPart]:
         """Where the rows are, part by part."""
@@ -101,18 +102,16 @@ class PassFiles:
         Raises:
             CorruptPartError: a file does not have the length, or a table not the checksum, that was sealed.
         """
-        number, files = part.entry["number"], part.entry["files"]
-        table, raw = (f"{self._folder}/part-{number:06d}.{suffix}" for suffix in ("parquet", "raw"))
-        data = self._storage.read(table)
-        sealed = {name.rsplit(".")[-1]: entry for name, entry in files.items()}
-        if digest(data) != sealed["parquet"]["blake2b"] or self._storage.size(raw) != sealed["raw"]["bytes"]:
-            raise CorruptPartError(
-                f"Part {number} in {self._storage.path(self._folder)} is not what was sealed.",
-                cause="a file was truncated or changed since.",
-                fix="remove this folder, and make the pass again.",
-            )
-        records = self._storage.records(raw, self._codec.record)
-        return RowBlock(pq.read_table(io.BytesIO(data)), StoredRows(records, self._codec))
+        number, files, rows = part.entry["number"], part.entry["files"], part.entry["rows"]
+        table, raw = (f"part-{number:06d}.{suffix}" for suffix in ("parquet", "raw"))
+        path, record = f"{self._folder}/{raw}", self._codec.record
+        size = self._storage.size(path)
+        if table not in files or raw not in files or size != files[raw]["bytes"]:
+            raise corrupt(self._storage, path, f"it has {size} bytes, which is not what was sealed")
+        if size != rows * record.itemsize:
+            raise corrupt(self._storage, path, f"its length does not fit {rows} rows of {record.itemsize} bytes")
+        told = read_table(self._storage, f"{self._folder}/{table}", files[table], ROWS, rows)
+        return RowBlock(told, StoredRows(self._storage.records(path, record), self._codec))
 
     @cached_property
     def _codec(self) -> RowCodec:

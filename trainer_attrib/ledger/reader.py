@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import time
@@ -13,22 +12,26 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trainer_attrib.errors import CorruptPartError, LedgerFormatError, LedgerNotFoundError, StageNotFoundError
 from trainer_attrib.ledger.ranks import merge_steps
 from trainer_attrib.ledger.row_codecs import RowCodec, row_codec
 from trainer_attrib.ledger.schema import (
     EXAMPLES,
+    ROWS,
     STEPS,
     WEIGHTS,
     check_format,
     check_names,
+    part_files,
     pass_part,
 )
 from trainer_attrib.ledger.storage import Storage, digest
 from trainer_attrib.ledger.stored import StageTensors
 from trainer_attrib.ledger.stored_rows import StoredRows
+from trainer_attrib.ledger.tables import corrupt, read_table
+
+_SCHEMAS = {"rows": ROWS, "steps": STEPS, "examples": EXAMPLES}
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,11 @@ class StageReader(StageTensors):
             CorruptPartError: a file does not have the length its manifest says.
         """
         entry, codec = part.entry, self.codec(self.meta["sketch"]["dtype"])
-        names = {name.rsplit(".", 1)[-1]: name for name in entry["files"] if name.startswith("rows/")}
-        table = self._table(entry, names.pop("parquet"))
-        raw = names.popitem()[1]
+        described, raw = part_files(entry, "rows", 2)
         self._check_length(entry, raw)
         if entry["files"][raw]["bytes"] != entry["rows"] * codec.record.itemsize:
             raise self._corrupt(raw, f"its length does not fit {entry['rows']} rows of {codec.record.itemsize} bytes")
+        table = self._table(entry, described)
         sketches = StoredRows(self._storage.records(f"{self._folder}/{raw}", codec.record), codec)
         if entry["until"] is not None:
             counts = np.flatnonzero(table["step"].to_numpy() <= entry["until"])
@@ -232,19 +234,16 @@ class StageReader(StageTensors):
     def _all(self, kind: str, schema: pa.Schema) -> pa.Table:
         tables = []
         for part in self.parts():
-            name = next(n for n in part["files"] if n.startswith(f"{kind}/") and n.endswith(".parquet"))
-            table = self._table(part, name)
+            table = self._table(part, part_files(part, kind, 1)[0])
             if part["until"] is not None and "step" in table.column_names:
                 table = table.take(np.flatnonzero(table["step"].to_numpy() <= part["until"]))
             tables.append(table)
         return pa.concat_tables(tables) if tables else schema.empty_table()
 
     def _table(self, part: dict[str, Any], name: str) -> pa.Table:
-        self._check_length(part, name)
-        try:
-            return pq.read_table(io.BytesIO(self._storage.read(f"{self._folder}/{name}")))
-        except pa.ArrowException as error:
-            raise self._corrupt(name, f"Parquet says: {error}") from None
+        kind = name.partition("/")[0]
+        rows = None if kind == "steps" else part[kind]  # which counts executed ones only
+        return read_table(self._storage, f"{self._folder}/{name}", part["files"][name], _SCHEMAS[kind], rows)
 
     def _check_length(self, part: dict[str, Any], name: str) -> None:
         size, sealed = self._storage.size(f"{self._folder}/{name}"), part["files"][name]["bytes"]
@@ -252,11 +251,7 @@ class StageReader(StageTensors):
             raise self._corrupt(name, f"it has {size} bytes, {sealed} were sealed")
 
     def _corrupt(self, name: str, why: str) -> CorruptPartError:
-        return CorruptPartError(
-            f"{self._storage.path(f'{self._folder}/{name}')} is corrupt: {why}.",
-            cause="the file was truncated or changed after it was sealed.",
-            fix="run `trainer-attrib verify` for the whole list, then restore this file; other parts are intact.",
-        )
+        return corrupt(self._storage, f"{self._folder}/{name}", why)
 
 
 class Ledger:

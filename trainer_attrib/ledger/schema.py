@@ -178,3 +178,25 @@ def check_names(names: Iterable[str], where: str) -> None:
 def manifest_name(rank: int) -> str:
     """Each writer has a manifest of its own, so that ranks never coordinate."""
     return f"manifest-{rank:04d}.json"
+
+
+def part_files(part: dict[str, Any], kind: str, count: int) -> list[str]:
+    """The names of a part's files of one kind, its table first.
+
+    Args:
+        part: its entry in a manifest.
+        kind: ``rows``, ``steps`` or ``examples``.
+        count: how many files it has of them.
+
+    Raises:
+        LedgerFormatError: the manifest lists others.
+    """
+    names = [name for name in part["files"] if name.startswith(f"{kind}/")]
+    tables = [name for name in names if name.endswith(".parquet")]
+    if len(names) != count or len(tables) != 1:
+        raise LedgerFormatError(
+            f"A part lists {names} as its {kind}, expected a table{' and raw rows' if count > 1 else ''}.",
+            cause="its manifest was edited or damaged.",
+            fix="restore the manifest from a backup.",
+        )
+    return sorted(names, key=lambda name: name not in tables)

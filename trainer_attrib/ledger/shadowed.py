@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer_attrib.errors import StageNotFoundError
+from trainer_attrib.errors import LedgerFormatError, StageNotFoundError
 from trainer_attrib.ledger.schema import shadow_name, shadow_state_name
 from trainer_attrib.ledger.snapshots import load_tensors
 from trainer_attrib.ledger.storage import Storage
@@ -83,10 +83,18 @@ class Shadowed:
 
 
 def nested(flat: dict[str, Tensor]) -> dict[int, dict[str, dict[str, Tensor]]]:
-    """``NUMBER/PARAMETER/KEY`` -> number -> parameter -> key."""
+    """``NUMBER/PARAMETER/KEY`` -> number -> parameter -> key.
+
+    Raises:
+        LedgerFormatError: a name is another.
+    """
     found: dict[int, dict[str, dict[str, Tensor]]] = {}
     for path, value in flat.items():
         number, _, rest = path.partition("/")
         parameter, _, key = rest.rpartition("/")
+        if not number.isdecimal() or not parameter:
+            raise LedgerFormatError(
+                f"An optimizer's state has an entry '{path}'.", cause="its file was made elsewhere."
+            )
         found.setdefault(int(number), {}).setdefault(parameter, {})[key] = value
     return found

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
+from trainer_attrib.errors import CorruptPartError
 from trainer_attrib.ledger.storage import Storage, file_digest
 
 
@@ -64,8 +66,22 @@ def save_tensors(
 
 
 def load_tensors(storage: Storage, name: str) -> dict[str, Tensor]:
-    """Read tensors onto the CPU."""
-    return load_file(storage.path(name)) if storage.local else load(storage.read(name))
+    """Read tensors onto the CPU.
+
+    Raises:
+        LedgerNotFoundError: there is no such file.
+        CorruptPartError: it is damaged. Shapes are compared with the file's length before anything is allocated.
+    """
+    if not storage.exists(name):
+        storage.read(name)  # says so
+    try:
+        return load_file(storage.path(name)) if storage.local else load(storage.read(name))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CorruptPartError(
+            f"{storage.path(name)} is corrupt: safetensors says: {error}.",
+            cause="the file was truncated or changed after it was sealed.",
+            fix="run `trainer-attrib verify` for the whole list, then restore this file; other parts are intact.",
+        ) from None
 
 
 def _fingerprint(tensor: Tensor) -> str:

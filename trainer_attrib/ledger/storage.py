@@ -18,6 +18,10 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from trainer_attrib.errors import LedgerError, LedgerFormatError, LedgerNotFoundError, LedgerNotWritableError
+from trainer_attrib.ledger.documents import checked
+
+MOST_JSON = 1 << 28
+"""Bytes that a JSON file may have; Python's objects take some ten times as much."""
 
 
 class Storage:
@@ -29,8 +33,19 @@ class Storage:
         self.local = isinstance(self._fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """Full path of a relative name, as the file system wants it."""
-        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+        """Full path of a relative name, as the file system wants it.
+
+        Raises:
+            LedgerFormatError: a symbolic link inside the ledger leads out of it.
+        """
+        path = f"{self._root.rstrip('/')}/{name}" if name else self._root
+        if self.local and name and not _is_within(path, self._root):
+            raise LedgerFormatError(
+                f"{path} leads out of the ledger, to {os.path.realpath(path)}.",
+                cause="a symbolic link; in a ledger from elsewhere it could point to any file of yours.",
+                fix="copy the ledger with its links resolved (cp -rL), or link the ledger's folder as a whole.",
+            )
+        return path
 
     def exists(self, name: str) -> bool:
         """Whether the file or folder is there."""
@@ -55,6 +70,8 @@ class Storage:
             LedgerNotFoundError: there is no such file.
         """
         try:
+            if self.local and not os.path.isfile(self.path(name)):  # a pipe or a device would never end
+                raise FileNotFoundError
             return self._fs.cat_file(self.path(name))
         except FileNotFoundError:
             raise LedgerNotFoundError(
@@ -65,11 +82,13 @@ class Storage:
         """A JSON object.
 
         Raises:
-            LedgerFormatError: it is not JSON, or not an object.
+            LedgerFormatError: it is not JSON, not an object, or not what a file of this name holds.
         """
+        if self.size(name) > MOST_JSON:
+            raise LedgerFormatError(f"{self.path(name)} has {self.size(name):,} bytes, more than {MOST_JSON:,}.")
         try:
-            data = json.loads(self.read(name))
-        except ValueError as error:
+            data = json.loads(self.read(name), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise LedgerFormatError(
                 f"{self.path(name)} is not valid JSON: {error}.",
                 cause="it was edited or damaged; this library writes it atomically.",
@@ -77,7 +96,7 @@ class Storage:
             ) from None
         if not isinstance(data, dict):
             raise LedgerFormatError(f"{self.path(name)} holds {type(data).__name__}, expected a JSON object.")
-        return data
+        return checked(name, data, self.path(name))
 
     def records(self, name: str, record: np.dtype[Any]) -> np.ndarray:
         """All records of a file, memory-mapped where it is local.
@@ -174,6 +193,15 @@ class Storage:
                 cause="the directory is read-only, a file stands in its place, or the disk is full.",
                 fix="choose another ledger directory, or make room or change permissions; what was sealed is intact.",
             ) from None
+
+
+def _is_within(path: str, root: str) -> bool:
+    real = os.path.realpath(root)
+    return os.path.realpath(path).startswith(real.rstrip(os.sep) + os.sep)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def digest(data: bytes) -> str:

@@ -21,6 +21,7 @@ from trainer_attrib.ledger.shadowed import Shadowed, nested
 from trainer_attrib.ledger.sharded import load_sharded
 from trainer_attrib.ledger.snapshots import load_tensors
 from trainer_attrib.ledger.storage import Storage
+from trainer_attrib.ledger.tables import corrupt
 
 BESIDE = ("moments", "buffers", "optimizer")
 """What may be stored beside a snapshot."""
@@ -93,7 +94,10 @@ class StageTensors(Shadowed):
         if version == 0:
             return {}
         flat = load_tensors(self._storage, f"{self._folder}/{version_name(version)}")
-        return {k[: -len(".rows")]: (flat[k], flat[k[: -len("rows")] + "columns"]) for k in flat if k.endswith(".rows")}
+        names = sorted({name.rpartition(".")[0] for name in flat})
+        if flat.keys() != {f"{name}.{side}" for name in names for side in ("rows", "columns")}:
+            raise corrupt(self._storage, f"{self._folder}/{version_name(version)}", "it is not rows and columns")
+        return {name: (flat[f"{name}.rows"], flat[f"{name}.columns"]) for name in names}
 
     def _broken_off(self) -> str:
         """What other processes said of how the recording broke off, where process 0 did not live to say it."""

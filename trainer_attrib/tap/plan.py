@@ -5,12 +5,13 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from trainer_attrib.errors import UnsupportedLayerError
+from trainer_attrib.errors import LedgerFormatError, UnsupportedLayerError
 from trainer_attrib.numerics.sketching import as_matrix
 from trainer_attrib.tap.experts import stack_name, stacks_of, why_not_watched
 from trainer_attrib.tap.layers import known_layers, rule_for
@@ -142,9 +143,22 @@ class SketchPlan:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> SketchPlan:
-        """Inverse of :meth:`to_dict`."""
-        weights = tuple(WeightPlan(**{**w, "modules": tuple(w["modules"])}) for w in data["weights"])
-        return SketchPlan(weights, dict(data["uncovered"]), int(data["rank"]), int(data["seed"]), data.get("blocks"))
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            LedgerFormatError: no plan looks like this.
+        """
+        with suppress(KeyError, TypeError, ValueError):
+            weights = tuple(WeightPlan(**{**w, "modules": tuple(w["modules"])}) for w in data["weights"])
+            rank, seed, blocks = int(data["rank"]), int(data["seed"]), data.get("blocks")
+            plan = SketchPlan(weights, dict(data["uncovered"]), rank, seed, blocks)
+            if plan.of_rank(rank) == plan:
+                return plan
+        raise LedgerFormatError(
+            "The plan of the sketches is none that this library makes: its spans or sizes do not fit each other.",
+            cause="stage.json was edited or damaged.",
+            fix="restore the file from a backup.",
+        )
 
 
 def plan_sketch(model: nn.Module, config: SketchConfig, owners: Mapping[int, int] | None = None) -> SketchPlan:

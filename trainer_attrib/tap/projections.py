@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from trainer_attrib.errors import ModelMismatchError
 from trainer_attrib.numerics.projection import projection
 from trainer_attrib.numerics.second_moment import inverse_root, root_mean
 from trainer_attrib.numerics.sketching import add_bias, sketch_matrix
@@ -31,6 +32,8 @@ class Projections:
     def __init__(self, plan: SketchPlan, model: nn.Module, factors: Factors | None = None, version: int = 0) -> None:
         self.plan, self.version = plan, version
         parameters = parameters_by_name(model)
+        for weight in plan.weights:
+            _check_fits(weight, parameters[weight.name])
         self._like = {w.name: _reference(parameters[w.name]) for w in plan.weights}
         self.unit = root_mean((factors or {}).values())
         self._pairs = {w.name: self._pair(w, factors or {}) for w in plan.weights}
@@ -118,6 +121,22 @@ def _with_bias(weight: WeightPlan, left: Tensor, right: Tensor) -> Pair:
 def of_shard(left_KR: Tensor, part: Shard, entries: int) -> Tensor:
     """The columns of a shard of a weight's first axis, of which an entry is a row or, in a stack, several."""
     return left_KR.unflatten(1, (entries, -1))[:, part.span].flatten(1)
+
+
+def _check_fits(weight: WeightPlan, parameter: Tensor) -> None:
+    """A plan may come from a ledger of another model, or from elsewhere: it says how much is allocated.
+
+    Raises:
+        ModelMismatchError: the weight has another size than the plan says.
+    """
+    rows = weight.rows - (bool(weight.bias) and weight.bias_axis == 0)
+    columns = weight.columns - (bool(weight.bias) and weight.bias_axis == 1)
+    if rows * columns != parameter.numel():
+        raise ModelMismatchError(
+            f"'{weight.name}' was recorded with {rows} x {columns} entries, the model's has {parameter.numel()}.",
+            cause="the ledger was recorded from another model, or its plan was edited.",
+            fix="pass the model that was recorded.",
+        )
 
 
 def _reference(parameter: Tensor) -> Tensor:
