@@ -1,6 +1,6 @@
 """Ask everything that is spread over processes of one recorded run, and write the answers, bit for bit.
 
-    python ask.py LEDGER WEIGHTS RUNNER OUT
+python ask.py LEDGER WEIGHTS RUNNER OUT
 """
 
 from __future__ import annotations

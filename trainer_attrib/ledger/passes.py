@@ -111,7 +111,7 @@ class PassFiles:
         if size != rows * record.itemsize:
             raise corrupt(self._storage, path, f"its length does not fit {rows} rows of {record.itemsize} bytes")
         told = read_table(self._storage, f"{self._folder}/{table}", files[table], ROWS, rows)
-        return RowBlock(told, StoredRows(self._storage.records(path, record), self._codec))
+        return RowBlock(told, StoredRows(self._storage.records(path, record, rows), self._codec))
 
     @cached_property
     def _codec(self) -> RowCodec:

@@ -154,7 +154,8 @@ class StageReader(StageTensors):
         if entry["files"][raw]["bytes"] != entry["rows"] * codec.record.itemsize:
             raise self._corrupt(raw, f"its length does not fit {entry['rows']} rows of {codec.record.itemsize} bytes")
         table = self._table(entry, described)
-        sketches = StoredRows(self._storage.records(f"{self._folder}/{raw}", codec.record), codec)
+        records = self._storage.records(f"{self._folder}/{raw}", codec.record, entry["rows"])
+        sketches = StoredRows(records, codec)
         if entry["until"] is not None:
             counts = np.flatnonzero(table["step"].to_numpy() <= entry["until"])
             table, sketches = table.take(counts), sketches.take(counts)

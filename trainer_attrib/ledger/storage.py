@@ -19,9 +19,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from trainer_attrib.errors import LedgerError, LedgerFormatError, LedgerNotFoundError, LedgerNotWritableError
 from trainer_attrib.ledger.documents import checked
+from trainer_attrib.ledger.ranges import RangedRecords
 
 MOST_JSON = 1 << 28
 """Bytes that a JSON file may have; Python's objects take some ten times as much."""
+
+Records = np.ndarray | RangedRecords
+"""Records of a part, [N]."""
 
 
 class Storage:
@@ -29,7 +33,7 @@ class Storage:
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.url = os.fspath(url)
-        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)  # others write here too
         self.local = isinstance(self._fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
@@ -53,7 +57,10 @@ class Storage:
 
     def size(self, name: str) -> int:
         """Bytes of a file; 0 if it is missing."""
-        return int(self._fs.size(self.path(name))) if self.exists(name) else 0
+        try:
+            return int(self._fs.info(self.path(name))["size"] or 0)
+        except FileNotFoundError:
+            return 0
 
     def names(self, folder: str) -> list[str]:
         """Sorted base names inside a folder; empty if it does not exist."""
@@ -98,30 +105,42 @@ class Storage:
             raise LedgerFormatError(f"{self.path(name)} holds {type(data).__name__}, expected a JSON object.")
         return checked(name, data, self.path(name))
 
-    def records(self, name: str, record: np.dtype[Any]) -> np.ndarray:
-        """All records of a file, memory-mapped where it is local.
+    def records(self, name: str, record: np.dtype[Any], count: int) -> Records:
+        """So many records of a file, memory-mapped where it is local; elsewhere those that are indexed are fetched.
 
         The map is private: torch wants arrays that can be written to, and what is written never reaches the file.
         """
         if self.local:
-            return np.memmap(self.path(name), record, mode="c") if self.size(name) else np.empty(0, record)
-        return np.frombuffer(bytearray(self.read(name)), record)
+            return np.memmap(self.path(name), record, mode="c") if count else np.empty(0, record)
+        return RangedRecords(self._fs, self.path(name), record, count)
 
     def create_folder(self, name: str) -> bool:
-        """Make a folder; False if it was there already (atomic on a local disk).
+        """Make a folder; False if it was there already. Of several that try at the same time one succeeds: on a local
+        disk, and on object stores that create files conditionally, as S3 does (fsspec's ``mode="create"``). On others
+        the one that wrote last does, and one that was much earlier may not notice.
 
         Raises:
             LedgerNotWritableError: it cannot be made.
         """
         with self.writing(name):
             if not self.local:
-                return not self.exists(name)
+                return not self.exists(name) and self._claimed(f"{name}/.claim")
             Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.mkdir(self.path(name))
             except FileExistsError:
                 return False
             return True
+
+    def _claimed(self, name: str) -> bool:
+        path, token = self.path(name), uuid.uuid4().hex.encode()
+        try:
+            self._fs.pipe_file(path, token, mode="create")
+        except OSError:  # of s3fs it is not FileExistsError
+            if self.exists(name):
+                return False
+            raise
+        return self._fs.cat_file(path) == token  # a store that does not know the mode has the last one's
 
     def check_writable(self) -> None:
         """Write and remove a file.

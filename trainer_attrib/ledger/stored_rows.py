@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from trainer_attrib.ledger.prefetch import ahead
 from trainer_attrib.ledger.row_codecs import RowCodec
+from trainer_attrib.ledger.storage import Records
 
 CHUNK = 256  # rows at a time, unless somebody knows better
+READ_BYTES = 4 << 20  # of a remote part at a time; two such reads are held
 
 
 class StoredRows:
@@ -22,7 +26,7 @@ class StoredRows:
         at: which of the records these are, [N]; None: all.
     """
 
-    def __init__(self, records: np.ndarray, codec: RowCodec, at: np.ndarray | None = None) -> None:
+    def __init__(self, records: Records, codec: RowCodec, at: np.ndarray | None = None) -> None:
         self._records, self._codec, self._at = records, codec, at
 
     def __len__(self) -> int:
@@ -43,7 +47,7 @@ class StoredRows:
         rows, *rest = key if isinstance(key, tuple) else (key,)
         if isinstance(rows, int | np.integer):
             return self[[rows]][(0, *rest)]
-        found = self._codec.decode(self._records[rows if self._at is None else self._at[rows]])
+        found = self._codec.decode(self._read(rows))
         return found[(slice(None), *rest)] if rest else found
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -54,9 +58,17 @@ class StoredRows:
         return np.array(self[:], dtype)
 
     def chunks(self, size: int = CHUNK) -> Iterator[np.ndarray]:
-        """All rows in order, so many at a time."""
-        for first in range(0, len(self), size):
-            yield self[first : first + size]
+        """All rows in order, so many at a time. Of a remote part the next ones are fetched meanwhile."""
+        remote = not isinstance(self._records, np.ndarray)
+        together = max(1, READ_BYTES // (size * self._codec.record.itemsize)) if remote else 1
+        spans = (slice(first, first + together * size) for first in range(0, len(self), together * size))
+        reads = (functools.partial(self._read, span) for span in spans)
+        for records in ahead(reads) if remote else (read() for read in reads):
+            for first in range(0, len(records), size):
+                yield self._codec.decode(records[first : first + size])
+
+    def _read(self, rows: Any) -> np.ndarray:
+        return self._records[rows if self._at is None else self._at[rows]]
 
     def take(self, at: np.ndarray) -> StoredRows:
         """Some of the rows, none of which is read yet.

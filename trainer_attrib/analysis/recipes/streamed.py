@@ -55,7 +55,7 @@ class Part:
     def __init__(self, block: RowBlock, at: np.ndarray, version: int, rates: np.ndarray, keep: Tensor) -> None:
         whole = len(at) == block.table.num_rows
         self.table = block.table if whole else block.table.take(at)
-        self._sketches, self._at = block.sketches, None if whole else at
+        self._sketches = block.sketches if whole else block.sketches.take(at)
         self.version, self._keep = version, None if keep.all() else keep
         self._norms_N = torch.from_numpy(np.array(self.table["norm"].to_numpy(), dtype=np.float32))
         reach_N = rates[self.table["step"].to_numpy()] / self.table["denominator"].to_numpy()
@@ -67,9 +67,8 @@ class Part:
         torch converts float16 with the processor's instructions for it, numpy value by value: 17 times slower.
         """
         step = max(64, CHUNK_BYTES // (4 * max(1, self._sketches.shape[1])))
-        for first in range(0, len(self._norms_N), step):
-            span = slice(first, first + step)
-            chunk = self._sketches[span if self._at is None else self._at[span]]
+        for number, chunk in enumerate(self._sketches.chunks(step)):
+            span = slice(number * step, (number + 1) * step)
             unit_NK, norms_N = torch.from_numpy(chunk).float(), self._norms_N[span]
             if self._keep is not None:
                 unit_NK, kept_N = unit_rows(unit_NK * self._keep)
