@@ -7,6 +7,7 @@ that readers can take it as it is. Entries that are not named here are left to w
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +65,13 @@ PLAN = {
     "blocks": Maybe(LENGTH),
 }  # fmt: skip
 GROUP = {"parameters": [str], "settings": Each(object)}
+CHANGES = ("added", "removed", "reshaped", "merged", "frozen")
 SHADOW = {"of": str, "replica": COUNT}
 
 STAGE = {
     "name": str, "status": OneOf(("recording", "complete", "incomplete")), "reason": str, "began": float,
     "ended": Maybe(float), "parent": Maybe(str), "weights": Each(Maybe(str)),
-    "link": Maybe({"parent": Maybe(str), "kind": str, "reason": Maybe(str)}),
+    "link": Maybe({"parent": Maybe(str), "kind": str, "reason": Maybe(str), **dict.fromkeys(CHANGES, Maybe([str]))}),
     "snapshots": [{**SNAPSHOT, **dict.fromkeys(("moments", "buffers", "optimizer"), Maybe(BESIDE))}],
     "versions": [{"version": Whole(1, 9999), "after_step": COUNT, **FILE}],
     "resumed": [{"after_step": COUNT, "parts": Each(COUNT)}],
@@ -102,32 +104,35 @@ FORMS: tuple[tuple[str, Any], ...] = (
 
 
 class Document(dict[str, Any]):
-    """A JSON object of a ledger that says which file it is where something is asked for that it does not have."""
+    """An object of a ledger's JSON file that says which file it is where something is asked for that it does not have.
 
-    def __init__(self, data: dict[str, Any], where: str) -> None:
+    Args:
+        data: what it has.
+        where: the file, for people.
+    """
+
+    def __init__(self, data: Iterable[tuple[str, Any]] | dict[str, Any] = (), where: str = "a document") -> None:
         super().__init__(data)
         self.where = where
 
     def __missing__(self, key: str) -> Any:
-        raise _wrong(self.where, f"has no '{key}'")
+        raise _wrong(self.where, f"has no '{key}' where one is needed")
 
 
-def checked(name: str, data: dict[str, Any], where: str) -> Document:
-    """A ledger's JSON file, if it holds what files of its name do. Files of another format are left to
+def check(name: str, data: Document) -> None:
+    """Refuse a ledger's JSON file that does not hold what files of its name do. Files of another format are left to
     :func:`ledger.schema.check_format`.
 
     Args:
         name: of the file in the ledger.
         data: what it holds.
-        where: the file, for people.
 
     Raises:
         LedgerFormatError: it does not.
     """
     form = next((form for pattern, form in FORMS if re.fullmatch(pattern, name)), None)
     if form is not None and data.get("format") in range(1, NEWEST + 1):
-        _check(data, form, "", where)
-    return Document(data, where)
+        _check(data, form, "", data.where)
 
 
 def _check(found: Any, form: Any, at: str, where: str) -> None:
@@ -160,7 +165,7 @@ def _check_object(found: Any, form: dict[str, Any] | Each, at: str, where: str) 
     for key, inner in form.items() if isinstance(form, dict) else ((key, form.value) for key in found):
         if key in found:
             _check(found[key], inner, f"{at}{at and '.'}{key}", where)
-        elif at and not isinstance(inner, Maybe):  # the document itself says what it does not have, when asked
+        elif at and not isinstance(inner, Maybe):  # of the document as a whole, older versions wrote less
             raise _wrong(where, f"has no '{at}.{key}'")
 
 

@@ -8,7 +8,7 @@ its adapters would make of the weights below them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -57,7 +57,10 @@ class Link:
         """As ``stage.json`` stores it; a stage recorded without one continues its parent as that ended."""
         if "link" not in meta:
             return Link(meta["parent"], "same" if meta["parent"] else "none")
-        stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["link"].items()}
+        known = {field.name: meta["link"].get(field.name) for field in fields(Link)}
+        stored: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in known.items() if v is not None
+        }
         return Link(**stored)
 
     @property

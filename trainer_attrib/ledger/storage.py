@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from trainer_attrib.errors import LedgerError, LedgerFormatError, LedgerNotFoundError, LedgerNotWritableError
-from trainer_attrib.ledger.documents import checked
+from trainer_attrib.ledger.documents import Document, check
 from trainer_attrib.ledger.ranges import RangedRecords
 
 MOST_JSON = 1 << 28
@@ -94,16 +95,18 @@ class Storage:
         if self.size(name) > MOST_JSON:
             raise LedgerFormatError(f"{self.path(name)} has {self.size(name):,} bytes, more than {MOST_JSON:,}.")
         try:
-            data = json.loads(self.read(name), parse_constant=_refuse_constant)
+            kept = functools.partial(Document, where=self.path(name))
+            data = json.loads(self.read(name), parse_constant=_refuse_constant, object_hook=kept)
         except (ValueError, RecursionError) as error:
             raise LedgerFormatError(
                 f"{self.path(name)} is not valid JSON: {error}.",
                 cause="it was edited or damaged; this library writes it atomically.",
                 fix="restore the file from a backup.",
             ) from None
-        if not isinstance(data, dict):
+        if not isinstance(data, Document):
             raise LedgerFormatError(f"{self.path(name)} holds {type(data).__name__}, expected a JSON object.")
-        return checked(name, data, self.path(name))
+        check(name, data)
+        return data
 
     def records(self, name: str, record: np.dtype[Any], count: int) -> Records:
         """So many records of a file, memory-mapped where it is local; elsewhere those that are indexed are fetched.
