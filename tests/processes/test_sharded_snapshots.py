@@ -29,8 +29,13 @@ AREA = "Many processes"
 
 @pytest.fixture(scope="module")
 def recorded(launch: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stages `one` and `two` under FSDP2 in two processes, and what they were put together by the training itself."""
+    """Stage `zero` in this process, those after it under FSDP2 in two, and their weights as the training itself puts
+    them together."""
     folder = tmp_path_factory.mktemp("shards")
+    torch.manual_seed(0)
+    model = Uneven()
+    stage("zero", str(folder / "ledger"), model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    save_file(dict(model.named_parameters()), folder / "zero-end.safetensors")
     launch(HERE / "train_shards.py", folder / "ledger", folder, processes=2)
     return folder
 
@@ -68,8 +73,11 @@ def test_the_parts_are_one_snapshot(recorded: Path) -> None:
         found = stage_of(recorded / "ledger", name)
         assert_equal(found.snapshot("end"), load_file(recorded / f"{name}-end.safetensors"))
         assert not found.problems()
-    first = stage_of(recorded / "ledger")
+    first, apart = stage_of(recorded / "ledger"), stage_of(recorded / "ledger", "apart")
     assert_equal(first.snapshot("start"), load_file(recorded / "one-start.safetensors"))
+    assert apart.parent is None
+    assert_equal(apart.snapshot("start"), load_file(recorded / "apart-start.safetensors"))
+    assert len([*(recorded / "ledger/stages/apart/snapshots").glob("start.rank-000[01].safetensors")]) == 2
     middle, end = first.snapshot("mid-1"), first.snapshot("end")
     assert first.snapshot_step("mid-1") == STEPS // 2
     assert all(middle[name].shape == end[name].shape and not torch.equal(middle[name], end[name]) for name in end)
@@ -131,7 +139,7 @@ def test_parameters_that_are_not_sharded_are_told_of_once(recorded: Path) -> Non
 
 
 def test_weights_have_the_hash_that_they_have_in_one_process(recorded: Path) -> None:
-    for name in ("one", "two"):
+    for name in ("zero", "one", "two", "apart"):
         expected = describe_weights(load_file(recorded / f"{name}-end.safetensors"))
         assert stage_of(recorded / "ledger", name).weights_at("end") == expected
     for entries in (1, 63, 64, 65, 1000):
@@ -141,10 +149,10 @@ def test_weights_have_the_hash_that_they_have_in_one_process(recorded: Path) -> 
 
 
 def test_a_start_is_the_end_of_its_parent_stored_once(recorded: Path, copy: Path) -> None:
-    """Also where the child trains on one process: here, in this one."""
+    """Also where only the parent or only the child trains in one process: here, in this one."""
     model = model_at(recorded, "two-end")
     stage("three", str(copy), model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-    for name, parent in (("two", "one"), ("three", "two")):
+    for name, parent in (("one", "zero"), ("two", "one"), ("three", "two")):
         child = stage_of(copy, name)
         assert child.parent == parent
         assert child.meta["format"] == 2, "a version that knows no shards must refuse the stage"
@@ -168,10 +176,10 @@ def test_the_analyzer_answers_in_one_process(recorded: Path) -> None:
 
     behavior = ta.Behavior("right", items, right)
     effects = analyzer.stage_effects([behavior], method="change")
-    assert {row["stage"] for row in effects.to_table().to_pylist()} == {"one", "two"}
-    programs = {"two": lambda model: [lambda s=s: loss_of(model, s) for s in range(STEPS)]}
+    assert {row["stage"] for row in effects.to_table().to_pylist()} == {"zero", "one", "two"}
+    programs = dict.fromkeys(("one", "two"), lambda model: [lambda s=s: loss_of(model, s) for s in range(STEPS)])
     propagated = analyzer.stage_effects([behavior], method="propagate", programs=programs).to_table().to_pylist()
-    assert {row["stage"] for row in propagated if np.isfinite(row["effect"])} == {"one", "two"}
+    assert {row["stage"] for row in propagated if np.isfinite(row["effect"])} == {"zero", "one", "two"}
     influence = analyzer.influence([behavior], stages=["one"])
     folded_in = range(4 * BATCH, STEPS * BATCH)  # rows before the second moments are left out beside later ones
     assert {*influence.examples.ids} == {f"example-{i}" for i in folded_in}

@@ -1,7 +1,8 @@
-"""Two stages under FSDP2, one after the other: `train_shards.py LEDGER FOLDER`.
+"""Stages under FSDP2, one after the other: `train_shards.py LEDGER FOLDER`, from FOLDER/zero-end.safetensors.
 
-While they are recorded no weight may be put together in one process: ``full_tensor`` is broken. Beside the ledger,
-FOLDER gets what process 0 puts together by itself: ``STAGE-WHEN.safetensors`` and ``STAGE-WHEN.moments.safetensors``.
+Before the last one weights are changed without a record, so that it has no parent. While they are recorded no weight
+may be put together in one process: ``full_tensor`` is broken. FOLDER gets what process 0 puts together by itself:
+``STAGE-WHEN.safetensors`` and ``STAGE-WHEN.moments.safetensors``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -115,13 +116,17 @@ def main(ledger: str, folder: str) -> None:
     sharded_weights.PIECE = 64  # bytes: several pieces for each shard
     dist.init_process_group("gloo")
     model: Any = Uneven()
+    model.load_state_dict(load_file(f"{folder}/zero-end.safetensors"), strict=False)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in (model.embedding, model.hidden):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={model.replicated.weight})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    _keep(folder, "one-start", model, optimizer)
-    for name in ("one", "two"):
+    for name in ("one", "two", "apart"):
+        if name == "apart":
+            with torch.no_grad():
+                model.head.weight.mul_(1.5)
+        _keep(folder, f"{name}-start", model, optimizer)
         DTensor.full_tensor = _refused
         stage(name, ledger, model, optimizer, broken_off=4 if name == "two" else 0)
         DTensor.full_tensor = _full
