@@ -12,6 +12,7 @@ from tests.faults.verdict import leftovers
 from trainer_attrib import Ledger, Recorder
 from trainer_attrib.errors import StageNotFoundError
 from trainer_attrib.ledger.journal import StageJournal
+from trainer_attrib.ledger.links import describe_weights
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.testing.zoo import LinearOnThreeAxes
 
@@ -78,8 +79,10 @@ def test_the_end_of_a_run_that_died_closing_it_is_forgotten_when_it_goes_on(tmp_
 
     facts = {"width": 2, "plan": {"weights": []}, "trainable": ["w"], "sketch": {"dtype": "float32"}}
     storage, first, last = Storage(tmp_path), {"w": torch.ones(2, 2)}, {"w": torch.zeros(2, 2)}
-    StageJournal.begin(storage, "s", first, {"w"}, facts).snapshot("end", 5, first)
-    StageJournal.resume(storage, "s", 5, {"w"}, facts).end("complete", "", 7, last)
+    journal = StageJournal.begin(storage, "s", describe_weights(first), first, {"w"}, facts)
+    journal.keep_start(first)
+    journal.snapshot("end", 5, first)
+    StageJournal.resume(storage, "s", 5, {"w"}, facts).end("complete", "", 7, last, describe_weights(last))
     stage = Ledger(tmp_path).stage("s")
     assert stage.snapshot_step("end") == 7
     assert torch.equal(stage.snapshot("end")["w"], last["w"])
