@@ -24,6 +24,7 @@ from trainer_attrib import Ledger, Recorder, SketchConfig
 from trainer_attrib.analysis.influence import influence
 from trainer_attrib.analysis.recipes.recipe import Question
 from trainer_attrib.analysis.retrieval.where import Where
+from trainer_attrib.execution.runner import Runner, Serial
 from trainer_attrib.ledger.reader import StageReader
 
 SIDE, BATCH = 64, 512  # rows of 64 x 64 numbers
@@ -46,13 +47,15 @@ def recorded(folder: Path, dtype: str, rows: int) -> tuple[nn.Module, StageReade
     return model, Ledger(folder).stage("one")
 
 
-def question(model: nn.Module, stage: StageReader, queries: int, **choices: Any) -> Question:
+def question(
+    model: nn.Module, stage: StageReader, queries: int, runner: Runner | None = None, **choices: Any
+) -> Question:
     """Queries with sketches that are known, so that only the scan is measured."""
     generator = torch.Generator().manual_seed(1)
     sketches_QK = torch.randn(queries, stage.width, generator=generator)
     behavior = SimpleNamespace(name="any", queries=[f"query {q}" for q in range(queries)])
     named = type("Behavior", (), {"name": "any", "queries": behavior.queries, "__len__": lambda self: queries})()
-    lineage: Any = SimpleNamespace(model=model, behaviors=[named])
+    lineage: Any = SimpleNamespace(model=model, behaviors=[named], runner=runner or Serial())
     return Question(lineage, [stage], {}, lambda *_: sketches_QK, **choices)
 
 

@@ -105,7 +105,7 @@ def test_tracin_adds_up_what_every_step_did_to_first_order(tmp_path, monkeypatch
     analyzer = Analyzer(run.ledger, run.model)
     stage = analyzer.lineage[0]
     rated = with_rates(stage.steps(), 0.5)
-    monkeypatch.setattr(stage, "steps", lambda: rated)
+    monkeypatch.setattr(stage, "steps", rated.select)
     found = ordered(analyzer.influence([behavior], recipe="tracin"))
     queries, examples = dense(run, behavior)
     np.testing.assert_allclose(found, -(4 * 0.5 / 6 * queries @ examples.T).numpy(), rtol=1e-4, atol=1e-6)

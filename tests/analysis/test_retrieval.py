@@ -64,10 +64,7 @@ def collected(parts, sums):
 
 
 def planned(parts):
-    plan = Plan()
-    for table, _ in parts:
-        plan.add(part_visits(table)[0])
-    return plan
+    return Plan.of(part_visits(table)[0] for table, _ in parts)
 
 
 def kept(parts, keep, sums, budget=1 << 20):

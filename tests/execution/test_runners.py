@@ -14,8 +14,9 @@ from tests.analysis.stages import three_stages
 from tests.execution.ask import answers
 from tests.processes.conftest import launch  # noqa: F401  a fixture
 from trainer_attrib.errors import BehaviorError, ConfigurationError, ExecutionError
+from trainer_attrib.execution.choice import runner_of
 from trainer_attrib.execution.outcome import Outcome
-from trainer_attrib.execution.runner import Serial, runner_of
+from trainer_attrib.execution.runner import Serial
 from trainer_attrib.ledger import writer
 
 ASK = Path(__file__).parent / "ask.py"

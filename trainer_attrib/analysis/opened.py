@@ -11,7 +11,8 @@ from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.effects.lineage import Lineage, chosen_stages
 from trainer_attrib.analysis.programs import Program
 from trainer_attrib.analysis.timeline import Timeline
-from trainer_attrib.execution.runner import Runner, runner_of
+from trainer_attrib.execution.choice import runner_of
+from trainer_attrib.execution.runner import Runner
 from trainer_attrib.ledger.journal import check_same_model
 from trainer_attrib.ledger.links import describe_weights, find_link
 from trainer_attrib.ledger.reader import Ledger, StageReader, no_stage_ended_with

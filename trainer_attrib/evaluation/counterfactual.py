@@ -15,7 +15,8 @@ from torch import nn
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.errors import EvaluationError
 from trainer_attrib.evaluation.estimates import same_length
-from trainer_attrib.execution.runner import Runner, runner_of
+from trainer_attrib.execution.choice import runner_of
+from trainer_attrib.execution.runner import Runner
 from trainer_attrib.ledger.snapshots import load_tensors, save_tensors
 from trainer_attrib.ledger.storage import Storage, digest
 from trainer_attrib.progress import progress

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
-from trainer_attrib.errors import ConfigurationError
-
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 
@@ -52,25 +50,3 @@ class Serial:
     def once(self, work: Callable[[], Answer]) -> Answer:
         """See :meth:`Runner.once`."""
         return work()
-
-
-def runner_of(runner: str | Runner) -> Runner:
-    """A runner by name: ``"serial"``, ``"torchrun"`` or ``"ray"``; or the runner itself.
-
-    Raises:
-        ConfigurationError: an unknown name, or ``"torchrun"`` in a process that torchrun did not start.
-        MissingExtraError: ``"ray"`` without the extra ``ray``.
-    """
-    if not isinstance(runner, str):
-        return runner
-    if runner == "serial":
-        return Serial()
-    if runner == "torchrun":
-        from trainer_attrib.execution.torchrun import Torchrun
-
-        return Torchrun()
-    if runner == "ray":
-        from trainer_attrib.execution.ray_actors import Ray
-
-        return Ray()
-    raise ConfigurationError(f"Unknown runner {runner!r}.", fix="use 'serial', 'torchrun' or 'ray'.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from trainer_attrib.ledger.claims import Claim
 from trainer_attrib.ledger.reader import RowBlock, RowPart, StageReader
 from trainer_attrib.ledger.row_codecs import RowCodec
 from trainer_attrib.ledger.schema import EXAMPLES, ROWS, check_format
+from trainer_attrib.ledger.stage_tables import some_of
 from trainer_attrib.ledger.stored_rows import StoredRows
 from trainer_attrib.ledger.tables import corrupt, read_table
 
@@ -147,11 +148,16 @@ class PassReader(StageReader):
         """The rows of one part of one pass."""
         return next(made for made in self._made if made.snapshot == part.snapshot).block(part)
 
-    def examples(self) -> pa.Table:
-        """Every example once: example, source, text."""
-        found = pa.concat_tables([made.examples() for made in self._made]).cast(EXAMPLES)
+    def examples(self, columns: Sequence[str] = ("example", "source", "text")) -> pa.Table:
+        """Every example once; its text may be left out."""
+        found = pa.concat_tables([made.examples().select(list(columns)) for made in self._made])
         first = np.unique(found["example"].to_numpy(zero_copy_only=False), return_index=True)[1]
         return found.take(np.sort(first))
+
+    def examples_of(self, ids: Collection[str]) -> pa.Table:
+        """Example, source and text of some examples."""
+        found = self.examples().cast(EXAMPLES)
+        return some_of(found, frozenset(ids))
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,25 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer_attrib.errors import CorruptPartError, LedgerFormatError, LedgerNotFoundError, StageNotFoundError
-from trainer_attrib.ledger.ranks import merge_steps
+from trainer_attrib.errors import LedgerFormatError, LedgerNotFoundError, StageNotFoundError
 from trainer_attrib.ledger.row_codecs import RowCodec, row_codec
 from trainer_attrib.ledger.schema import (
-    EXAMPLES,
-    ROWS,
-    STEPS,
     WEIGHTS,
     check_format,
-    check_names,
     part_files,
     pass_part,
 )
+from trainer_attrib.ledger.stage_tables import StageTables
 from trainer_attrib.ledger.storage import Storage, digest
-from trainer_attrib.ledger.stored import StageTensors
 from trainer_attrib.ledger.stored_rows import StoredRows
-from trainer_attrib.ledger.tables import corrupt, read_table
-
-_SCHEMAS = {"rows": ROWS, "steps": STEPS, "examples": EXAMPLES}
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class RowPart:
     snapshot: str = ""
 
 
-class StageReader(StageTensors):
+class StageReader(StageTables):
     """One recorded stage. Only sealed parts are seen, so a stage can be read while it is being recorded."""
 
     @property
@@ -101,30 +92,6 @@ class StageReader(StageTensors):
             )
         return codec
 
-    def parts(self) -> list[dict[str, Any]]:
-        """Manifest entries of all sealed parts of all ranks, each with ``until``: the last step of it that counts.
-
-        Where a stage was resumed from a checkpoint, steps after the checkpoint that the earlier attempt had recorded
-        never became part of the model; they stay on disk and are left out by every reader.
-        """
-        found = []
-        for name in self._manifests():
-            manifest = self._storage.read_json(f"{self._folder}/{name}")
-            check_format(manifest, self._storage.path(f"{self._folder}/{name}"))
-            check_names((n for part in manifest["parts"] for n in part["files"]), self._storage.path(name))
-            for index, part in enumerate(manifest["parts"]):
-                limits = [r["after_step"] for r in self.meta["resumed"] if index < r["parts"].get(name, 0)]
-                found.append({**part, "until": min(limits, default=None)})
-        return found
-
-    def part_counts(self) -> dict[str, int]:
-        """Number of sealed parts in each manifest."""
-        return {name: len(self._storage.read_json(f"{self._folder}/{name}")["parts"]) for name in self._manifests()}
-
-    def _manifests(self) -> list[str]:
-        names = self._storage.names(self._folder)
-        return [name for name in names if name.startswith("manifest-") and name.endswith(".json")]
-
     def count(self, kind: str) -> int:
         """Number of sealed ``"rows"``, ``"steps"`` or ``"examples"`` that count."""
         if self.meta["processes"] > 1 and kind != "rows":
@@ -169,40 +136,6 @@ class StageReader(StageTensors):
         """
         return map(self.row_block, self.row_parts())
 
-    def steps(self) -> pa.Table:
-        """All executed optimizer steps, in order."""
-        return self._steps(skipped=False)
-
-    def steps_by_rank(self) -> dict[int, int]:
-        """How many executed steps each process told of; of one that was killed, those that it had sealed."""
-        steps = self._all("steps", STEPS)
-        told = zip(steps["rank"].to_pylist(), steps["skipped"].to_pylist(), strict=True)
-        return dict(Counter(rank or 0 for rank, skipped in told if not skipped))
-
-    def skipped_steps(self) -> pa.Table:
-        """Steps that a gradient scaler skipped, in order; ``step`` counts the steps executed before each. One that was
-        skipped after the checkpoint that a run resumed from, before any was executed, is listed by both attempts."""
-        return self._steps(skipped=True)
-
-    def _steps(self, *, skipped: bool) -> pa.Table:
-        steps = self._all("steps", STEPS)
-        steps = steps.filter(pa.array([bool(found) is skipped for found in steps["skipped"].to_pylist()], pa.bool_()))
-        several = self.meta["processes"] > 1
-        return merge_steps(steps, sharded=self.meta["sharded"]) if several else steps.sort_by("step")
-
-    def examples(self) -> pa.Table:
-        """Every example seen in this stage once: example, source, text."""
-        examples = self._all("examples", EXAMPLES)
-        if self.meta["processes"] == 1:
-            return examples
-        first = np.unique(examples["example"].to_numpy(zero_copy_only=False), return_index=True)[1]
-        return examples.take(np.sort(first))  # several processes may have seen the same one
-
-    def sources(self) -> dict[str, str | None]:
-        """The data source of every example."""
-        told = self.examples()
-        return dict(zip(told["example"].to_pylist(), told["source"].to_pylist(), strict=True))
-
     def problems(self) -> list[str]:
         """Everything wrong with the sealed files: lengths, checksums, missing snapshots. Empty means sound."""
         found = []
@@ -231,28 +164,6 @@ class StageReader(StageTensors):
             yield f"passes/{snapshot}/examples.parquet", found["sealed"]
             for part in found["parts"]:
                 yield from ((f"passes/{snapshot}/{pass_part(name)}", entry) for name, entry in part["files"].items())
-
-    def _all(self, kind: str, schema: pa.Schema) -> pa.Table:
-        tables = []
-        for part in self.parts():
-            table = self._table(part, part_files(part, kind, 1)[0])
-            if part["until"] is not None and "step" in table.column_names:
-                table = table.take(np.flatnonzero(table["step"].to_numpy() <= part["until"]))
-            tables.append(table)
-        return pa.concat_tables(tables) if tables else schema.empty_table()
-
-    def _table(self, part: dict[str, Any], name: str) -> pa.Table:
-        kind = name.partition("/")[0]
-        rows = None if kind == "steps" else part[kind]  # which counts executed ones only
-        return read_table(self._storage, f"{self._folder}/{name}", part["files"][name], _SCHEMAS[kind], rows)
-
-    def _check_length(self, part: dict[str, Any], name: str) -> None:
-        size, sealed = self._storage.size(f"{self._folder}/{name}"), part["files"][name]["bytes"]
-        if size != sealed:
-            raise self._corrupt(name, f"it has {size} bytes, {sealed} were sealed")
-
-    def _corrupt(self, name: str, why: str) -> CorruptPartError:
-        return corrupt(self._storage, f"{self._folder}/{name}", why)
 
 
 class Ledger:

@@ -14,7 +14,7 @@ from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.query_sketches import kept_columns, missing_weights
 from trainer_attrib.analysis.recipes.recipe import Question, Sketches, StageScores
 from trainer_attrib.analysis.recipes.streamed import Comparable, Part, Rows, StreamedStage
-from trainer_attrib.analysis.retrieval.ends import Ends, Plan, together
+from trainer_attrib.analysis.retrieval.ends import Ends, PartSources, Plan, together
 from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.analysis.retrieval.part_scores import PartSums, TopK, top_k
@@ -96,7 +96,7 @@ def _score_stage(recipe: RowRecipe, question: Question, reader: StageReader) -> 
             )
         found, proposed = score.near(recipe, question, stage, question.candidates, exact)
     caveats = (*_streamed(stage), *proposed, *_caveats(question, reader))
-    return StageScores(_examples_of(stage, found), found.scores, caveats, found.places, sums)
+    return StageScores(_examples_of(reader, found), found.scores, caveats, found.places, sums)
 
 
 def _collect(
@@ -109,13 +109,11 @@ def _collect(
             every.add(found.visits, found.sums)
             sums.merge(found.groups)
         return every.found()
-    plan = Plan()
-    for visits in stage.map(count_part, "counting", question.where):
-        plan.add(visits)
-    kept = []
+    plan = Plan.of(stage.map(count_part, "counting", question.where))
+    sources, kept = plan.sources(stage.reader.examples(("example", "source"))), []
     for number, group in enumerate(plan.groups(queries)):
         ends = Ends(plan, len(range(queries)[group]), question.keep, sums=recipe.sums_visits)
-        whole = ScorePart(score, queries)
+        whole = ScorePart(score, queries, sources)
         asked = BestOfPart(whole, plan.closed, group, question.keep, recipe.sums_visits, number == 0)
         for best in stage.map(asked, "scoring", question.where):
             ends.add(best)
@@ -137,18 +135,21 @@ class ScorePart:
     Args:
         score: rows [N] -> scores [Q, N].
         queries: Q.
+        sources: of the examples of each part; None: they are looked up.
     """
 
     score: Score
     queries: int
+    sources: PartSources | None = None
 
-    def __call__(self, rows: Comparable, parts: Sequence[Part], _: int) -> PartSums:
+    def __call__(self, rows: Comparable, parts: Sequence[Part], number: int) -> PartSums:
         """Sums over each example's rows, and over groups of rows."""
         table = _together([part.table for part in parts])
         found = [self.score(chunk).numpy() for part in parts for chunk in part.rows()]
         scores_QN = np.concatenate([np.zeros((self.queries, 0), np.float32), *found], axis=1)
         visits, at = part_visits(table)
-        groups, sources = StageSums(rows.reader.name), [rows.sources.get(example) for example in visits.ids]
+        sources = self.sources.of(number) if self.sources else [rows.sources.get(i) for i in visits.ids.to_pylist()]
+        groups = StageSums(rows.reader.name)
         groups.add(sources, at, table["step"].to_numpy(), scores_QN)
         return PartSums(visits, part_sums(at, len(visits.ids), scores_QN), groups)
 
@@ -183,15 +184,13 @@ def _together(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables) if tables else ROWS.empty_table()
 
 
-def _examples_of(stage: StreamedStage, found: Found) -> InfluenceExamples:
-    wanted, told = set(found.ids), stage.described
-    at = np.array([n for n, example in enumerate(told["example"].to_pylist()) if example in wanted], np.int64)
-    told = told.take(at) if len(at) < told.num_rows else told
+def _examples_of(stage: StageReader, found: Found) -> InfluenceExamples:
+    told = stage.examples_of(found.ids)
     place = {example: n for n, example in enumerate(told["example"].to_pylist())}
     sources, texts = (told[name].to_pylist() for name in ("source", "text"))
     places = [place.get(example) for example in found.ids]
     return InfluenceExamples(
-        stages=np.array([stage.reader.name] * len(found.ids), dtype=object),
+        stages=np.array([stage.name] * len(found.ids), dtype=object),
         ids=np.array(found.ids, dtype=object),
         steps=found.last_steps,
         sources=[None if at is None else sources[at] for at in places],

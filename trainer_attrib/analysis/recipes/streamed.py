@@ -181,16 +181,11 @@ class StreamedStage:
                     yield part.table.slice(at, len(chunk.norms)), chunk
                     at += len(chunk.norms)
 
-    @cached_property
-    def described(self) -> pa.Table:
-        """Source and text of the examples."""
-        return self.reader.examples()
-
 
 def _rates(stage: StageReader) -> np.ndarray:
     """Learning rate of every step, mean over the parameter groups, by step number; for SGD what momentum makes of it
     in the end."""
-    steps = stage.steps().select(["step", "learning_rate", "beta1"]).to_pylist()
+    steps = stage.steps(("step", "learning_rate", "beta1")).to_pylist()
     sgd = any(optimizer["class"].endswith(".SGD") for optimizer in stage.meta["optimizers"])
     rates = np.zeros(1 + max((row["step"] for row in steps), default=0))
     for row in steps:

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from trainer_attrib.analysis.retrieval.best import best_places
 from trainer_attrib.analysis.retrieval.part_scores import TopK
-from trainer_attrib.analysis.retrieval.visits import Found, PartVisits, Visits, grown
+from trainer_attrib.analysis.retrieval.visits import Found, PartVisits, means, named
 from trainer_attrib.numerics.scores import rank
 
 BUDGET = 1 << 30  # bytes of running sums
 
 
+@dataclass(frozen=True)
+class PartSources:
+    """The data sources of the examples of each part, without a copy of a name for each.
+
+    Args:
+        names: of the sources.
+        codes: which of them each example has, by number, [N].
+        numbers: of the examples of each part.
+    """
+
+    names: Sequence[str | None]
+    codes: np.ndarray
+    numbers: Sequence[np.ndarray]
+
+    def of(self, part: int) -> list[str | None]:
+        """Of the examples of one part, in its order."""
+        return [self.names[code] for code in self.codes[self.numbers[part]].tolist()]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is known of a stage's visits before its sketches are read: in which parts each example is.
 
@@ -21,46 +43,77 @@ class Plan:
     are held while they are *open*, between their first part and their last. In a stage of one epoch none are; over
     several epochs all may be, and then the queries are split so that their sums fit a budget, one stream over the rows
     for each group of them.
+
+    Args:
+        ids: of all N examples, in the order of their first row; not as Python's strings, of which a million are many.
+        counts: rows of each, [N].
+        last_steps: in which each took part, [N].
+        numbers: which examples are in each part.
+        first: part of each, [N].
+        last: part of each, [N].
     """
 
-    def __init__(self) -> None:
-        self.visits, self.numbers = Visits(), list[np.ndarray]()
-        self._first, self._last = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    ids: pa.StringArray
+    counts: np.ndarray
+    last_steps: np.ndarray
+    numbers: list[np.ndarray]
+    first: np.ndarray
+    last: np.ndarray
 
-    def add(self, part: PartVisits) -> None:
-        """Count a part, in the order in which parts will be scored."""
-        known = len(self.visits.index)
-        numbers_N, block = self.visits.add(part), len(self.numbers)
-        self._first, self._last = (grown(places, len(self.visits.index)) for places in (self._first, self._last))
-        self._first[known:] = block
-        self._last[numbers_N] = block
-        self.numbers.append(numbers_N)
+    @staticmethod
+    def of(parts: Iterable[PartVisits]) -> Plan:
+        """Of all parts, in the order in which they will be scored."""
+        seen = list(parts)
+        ids, at_all = _encoded([part.ids for part in seen])
+        numbers = np.split(at_all, np.cumsum([len(part.ids) for part in seen])[:-1]) if seen else []
+        counts, last_steps = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
+        first, last = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
+        for block, (part, at) in reversed(list(enumerate(zip(seen, numbers, strict=True)))):
+            counts[at] += part.counts
+            last_steps[at] = np.maximum(last_steps[at], part.last_steps)
+            last[at] = np.maximum(last[at], block)
+            first[at] = block
+        return Plan(ids, counts, last_steps, numbers, first, last)
+
+    def sources(self, examples: pa.Table) -> PartSources:
+        """The sources of the examples of each part, from the ledger's columns example and source."""
+        at = _encoded([self.ids, *examples["example"].chunks])[1][len(self.ids) :]
+        encoded, here = examples["source"].combine_chunks().dictionary_encode(), at < len(self.ids)
+        codes_N = np.full(len(self.ids), -1, np.int32)
+        codes_N[at[here]] = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)[here]
+        return PartSources([*encoded.dictionary.to_pylist(), None], codes_N, self.numbers)
 
     @property
     def closed(self) -> list[np.ndarray]:
         """Whether each example of each part is in no other part."""
-        alone = self._first == self._last
+        alone = self.first == self.last
         return [alone[numbers_N] for numbers_N in self.numbers]
 
     def ended(self, part: int) -> np.ndarray:
         """Which examples of a part are in no later one, their numbers."""
         numbers_N = self.numbers[part]
-        return numbers_N[self._last[numbers_N] == part]
+        return numbers_N[self.last[numbers_N] == part]
 
     @property
     def open(self) -> int:
         """The largest number of examples that are open at once."""
-        several = self._first != self._last
+        several = self.first != self.last
         if not several.any():
             return 0
-        begun = np.bincount(self._first[several], minlength=len(self.numbers)).cumsum()
-        ended = np.bincount(self._last[several], minlength=len(self.numbers)).cumsum()
+        begun = np.bincount(self.first[several], minlength=len(self.numbers)).cumsum()
+        ended = np.bincount(self.last[several], minlength=len(self.numbers)).cumsum()
         return int((begun - np.concatenate([[0], ended[:-1]])).max())
 
     def groups(self, queries: int, budget: int = BUDGET) -> list[slice]:
         """The queries in groups whose float64 sums fit into so many bytes, at least one query each."""
         size = max(1, min(queries, budget // (8 * max(1, self.open))))
         return [slice(at, min(at + size, queries)) for at in range(0, queries, size)]
+
+
+def _encoded(ids: Sequence[pa.StringArray]) -> tuple[pa.StringArray, np.ndarray]:
+    """Different ids in the order in which they first appear, and which of them each is."""
+    encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode()
+    return encoded.dictionary, encoded.indices.to_numpy(zero_copy_only=False)
 
 
 class Ends:
@@ -76,9 +129,8 @@ class Ends:
     """
 
     def __init__(self, plan: Plan, queries: int, keep: int, *, sums: bool) -> None:
-        self._plan, self._visits, self._keep, self._sums, self._part = plan, plan.visits, keep, sums, 0
-        self._ids = np.array(list(plan.visits.index), dtype=object)
-        self._slots = np.full(len(self._ids), -1, np.int64)
+        self._plan, self._keep, self._sums, self._part = plan, keep, sums, 0
+        self._slots = np.full(len(plan.ids), -1, np.int64)
         self._free = list(range(plan.open))[::-1]
         self._open_SQ = np.zeros((plan.open, queries))
         nothing: tuple[np.ndarray, np.ndarray] = np.zeros((queries, 0), np.float32), np.zeros((queries, 0), np.int64)
@@ -94,7 +146,7 @@ class Ends:
         ended = self._plan.ended(self._part)
         ended = ended[self._slots[ended] >= 0]
         slots = self._slots[ended]
-        scores_QF = self._visits.means(self._open_SQ[slots], ended, sums=self._sums)
+        scores_QF = means(self._open_SQ[slots], self._plan.counts[ended], sums=self._sums)
         self._open_SQ[slots], self._slots[ended] = 0, -1
         self._free.extend(slots.tolist())
         numbers_QF = np.broadcast_to(ended, scores_QF.shape)
@@ -112,9 +164,9 @@ class Ends:
         scores, numbers_QM = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int64)
         for query, (found, numbers) in enumerate(kept):
             scores[query, : len(found)], numbers_QM[query, : len(found)] = found, numbers
-        named = np.unique(np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in kept)]))
-        places = np.where(np.isnan(scores), 0, np.searchsorted(named, numbers_QM))
-        return Found(list(self._ids[named]), self._visits.last_steps[named], scores, places)
+        known = np.unique(np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in kept)]))
+        places = np.where(np.isnan(scores), 0, np.searchsorted(known, numbers_QM))
+        return Found(named(self._plan.ids, known).tolist(), self._plan.last_steps[known], scores, places)
 
     def _offer(self, end: int, scores: list[np.ndarray], numbers: list[np.ndarray]) -> None:
         """Keep the best of what is held and what comes."""
@@ -123,7 +175,7 @@ class Ends:
         numbers_QM = np.concatenate([held_numbers, *numbers], axis=1)
 
         def ids(query: int, places: np.ndarray) -> np.ndarray:
-            return self._ids[numbers_QM[query, places]].astype(str)
+            return named(self._plan.ids, numbers_QM[query, places])
 
         places = best_places(scores_QM, self._keep, ids, largest=end == 0)
         self._held[end] = np.take_along_axis(scores_QM, places, 1), np.take_along_axis(numbers_QM, places, 1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer_attrib.analysis.retrieval.best import best_places
 from trainer_attrib.analysis.retrieval.groups import StageSums
-from trainer_attrib.analysis.retrieval.visits import PartVisits
+from trainer_attrib.analysis.retrieval.visits import PartVisits, means, named
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ def top_k(found: PartSums, closed: np.ndarray, queries: slice, keep: int, *, sum
         groups: whether sums over groups are wanted.
     """
     at, open_at = np.flatnonzero(closed), np.flatnonzero(~closed)
-    shares = np.ones(len(at)) if sums else found.visits.counts[at]
-    scores_QN = np.ascontiguousarray((found.sums[at, queries] / shares[:, None]).T, np.float32)
-    ids = np.array(found.visits.ids, dtype=object)[at]
-    both = [best_places(scores_QN, keep, lambda _, n: ids[n].astype(str), largest=end) for end in (True, False)]
+    scores_QN = means(found.sums[at, queries], found.visits.counts[at], sums=sums)
+
+    def ids(_: int, places: np.ndarray) -> np.ndarray:
+        return named(found.visits.ids, at[places])
+
+    both = [best_places(scores_QN, keep, ids, largest=end) for end in (True, False)]
     scores = np.stack([np.take_along_axis(scores_QN, places, 1) for places in both])
     open_sums = found.sums[open_at, queries]
     return TopK(scores, np.stack([at[places] for places in both]), open_at, open_sums, found.groups if groups else None)

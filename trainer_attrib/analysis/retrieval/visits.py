@@ -38,15 +38,20 @@ class PartVisits:
         last_steps: of each, [N].
     """
 
-    ids: list[str]
+    ids: pa.StringArray
     counts: np.ndarray
     last_steps: np.ndarray
+
+
+def named(ids: pa.StringArray, places: np.ndarray) -> np.ndarray:
+    """Some ids, as strings that numpy sorts."""
+    return np.array(ids.take(pa.array(places)).to_pylist(), dtype=str)
 
 
 def part_visits(table: pa.Table) -> tuple[PartVisits, np.ndarray]:
     """The examples of some rows, and which of them each row is of, [rows]."""
     encoded = table["example"].combine_chunks().dictionary_encode()
-    ids, at = encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False)
+    ids, at = encoded.dictionary, encoded.indices.to_numpy(zero_copy_only=False)
     counts, last_steps = np.bincount(at, minlength=len(ids)), np.zeros(len(ids), np.int64)
     np.maximum.at(last_steps, at, table["step"].to_numpy())
     return PartVisits(ids, counts, last_steps), at
@@ -72,16 +77,17 @@ class Visits:
     def add(self, part: PartVisits) -> np.ndarray:
         """Count the visits of a part; returns the number of each of its examples. New ones are given the next."""
         index = self.index
-        numbers_N = np.array([index.setdefault(example, len(index)) for example in part.ids], np.int64)
+        numbers_N = np.array([index.setdefault(example, len(index)) for example in part.ids.to_pylist()], np.int64)
         self.counts, self.last_steps = grown(self.counts, len(index)), grown(self.last_steps, len(index))
         self.counts[numbers_N] += part.counts
         self.last_steps[numbers_N] = np.maximum(self.last_steps[numbers_N], part.last_steps)
         return numbers_N
 
-    def means(self, sums_NQ: np.ndarray, numbers_N: np.ndarray, *, sums: bool) -> np.ndarray:
-        """Scores of examples all of whose visits are summed: their mean, or their sum, float32 [Q, N]."""
-        shares_N = np.ones(len(numbers_N)) if sums else self.counts[numbers_N]
-        return np.ascontiguousarray((sums_NQ / shares_N[:, None]).T, np.float32)
+
+def means(sums_NQ: np.ndarray, counts_N: np.ndarray, *, sums: bool) -> np.ndarray:
+    """Scores of examples all of whose visits are summed: their mean, or their sum, float32 [Q, N]."""
+    shares_N = np.ones(len(counts_N)) if sums else counts_N
+    return np.ascontiguousarray((sums_NQ / shares_N[:, None]).T, np.float32)
 
 
 def grown(values: np.ndarray, length: int) -> np.ndarray:
@@ -115,6 +121,5 @@ class AllScores:
 
     def found(self) -> Found:
         """The scores of all examples."""
-        everything = np.arange(len(self._visits.index))
-        scores = self._visits.means(self._scores_NQ, everything, sums=self._sums)
+        scores = means(self._scores_NQ, self._visits.counts, sums=self._sums)
         return Found(list(self._visits.index), self._visits.last_steps, scores)
