@@ -32,7 +32,15 @@ __all__ = ["pytest_addoption", "pytest_configure"]  # hooks of the support table
 torch.set_num_threads(1)
 
 VOCABULARY, PAD = 29, 0
+LONGEST = {
+    "test_demo", "test_processes", "test_examples", "test_compiled_trainers", "test_tutorials", "test_published_page",
+}  # fmt: skip
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process has one of them to itself at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,8 @@ from trainer_attrib.ledger.reader import Ledger
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that ``trainer-attrib demo`` fills, or one that it filled (DEMO_RUN)."""
-    if there := os.environ.get("DEMO_RUN"):
+    there = os.environ.get("DEMO_RUN")
+    if there and Path(there).exists():
         return Path(there)
     folder = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "-m", "trainer_attrib", "demo", "--out", str(folder)]

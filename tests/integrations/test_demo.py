@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +21,8 @@ from trainer_attrib.ledger.reader import Ledger
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """One run in a process of its own, as a user would start it."""
-    folder = tmp_path_factory.mktemp("demo") / "run"
+    """One run in a process of its own, as a user would start it; into the folder DEMO_RUN, for the browser's tests."""
+    folder = Path(os.environ.get("DEMO_RUN") or tmp_path_factory.mktemp("demo") / "run")
     command = [sys.executable, "-m", "trainer_attrib", "demo", "--json", "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
