@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -73,6 +73,9 @@ class SketchConfig:
             ``"float32"``) these are ``"int8"``, with a scale for each weight, and ``"rank1"`` or ``"rank2"``: each
             weight's matrix as so many outer products (docs/recording.md has sizes and what they cost in accuracy).
         seed: of the projections.
+        when_behind: what happens when the disk cannot keep up, and some 256 MB wait for it: ``"wait"``, training waits
+            too; ``"skip"``, the rows of a step are left out once half of that waits, and the analyzer says of how many
+            steps. A stage may be resumed with another choice.
         blocks: None: every weight has columns of its own. Otherwise weights whose sketches have the same shape are put
             into at most so many blocks, neighbors together, and the sketches in a block are added up, so that rows do
             not grow with the model's depth (Chang et al. 2024, "TrackStar", appendix A.1). Every weight has
@@ -91,6 +94,7 @@ class SketchConfig:
     dtype: str = "float16"
     seed: int = 0
     blocks: int | None = None
+    when_behind: str = field(default="wait", compare=False)
 
     def __post_init__(self) -> None:
         _require(self.blocks is None or self.blocks >= 1, f"blocks={self.blocks}", "None or at least 1")
@@ -99,6 +103,7 @@ class SketchConfig:
         _require(0 < self.sample <= 1, f"sample={self.sample}", "a share above 0 and at most 1")
         _require(self.correction in tuple(Correction), f"correction={self.correction!r}", f"one of {list(Correction)}")
         _require(self.dtype in ROW_DTYPES, f"dtype={self.dtype!r}", f"one of {list(ROW_DTYPES)}")
+        _require(self.when_behind in ("wait", "skip"), f"when_behind={self.when_behind!r}", "'wait' or 'skip'")
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
     def to_dict(self) -> dict[str, Any]:

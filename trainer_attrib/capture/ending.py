@@ -97,7 +97,8 @@ class Ending:
                 why = f"it could not be closed as a whole: {type(fault).__name__}: {fault}"
                 self._journal.end("incomplete", reason or why, self.step, None)
         if self.fault is None and self._stage.processes.leads:
-            logger.info(closing_line(self._stage.name, status, self._writer.sealed(), self._meter.share(self._tap)))
+            sealed, share = self._writer.sealed(), self._meter.share(self._tap)
+            logger.info(closing_line(self._stage.name, status, sealed, self._writer.left_out, share))
         if self.fault is not None and self.fault is not known:
             if self._strict:
                 raise self.fault

@@ -81,11 +81,12 @@ def preflight_lines(stage: str, plan: SketchPlan, sketch: SketchConfig, meta: di
     return lines + [f"stage '{stage}': {line}" for line in loss_lines(meta)]
 
 
-def closing_line(stage: str, status: str, sealed: dict[str, int], share: float | None) -> str:
+def closing_line(stage: str, status: str, sealed: dict[str, int], left_out: int, share: float | None) -> str:
     """What was recorded, by this process, and what it cost, said when a stage ends."""
     cost = "" if share is None else f"; capture took {100 * share:.1f}% of the training's time"
     recorded = f"{sealed['rows']:,} rows of {sealed['steps']:,} steps, {sealed['bytes'] / 1e6:.1f} MB"
-    return f"stage '{stage}' {status}: {recorded}{cost}"
+    missing = f", without the rows of {left_out:,} steps that the disk was too slow for" if left_out else ""
+    return f"stage '{stage}' {status}: {recorded}{missing}{cost}"
 
 
 def flop_share(plan: SketchPlan) -> float:

@@ -93,7 +93,12 @@ class StepRecorder:
         projected = None
         if stage.processes.leads or stage.sharded:
             projected = torch.cat([self._project(w).flatten() for w in stage.plan.weights])
-        self._open.writer.put(lambda: self._block(row, scalars, audited, projected, trained))
+        own = 0 if projected is None else projected.nbytes
+        size = own + sum(micro.nbytes for micro in trained)
+        if stage.sketch.when_behind == "skip" and trained and not self._open.writer.keeps_up(size):
+            self._open.writer.leave_out(step)
+            row["captured"], trained, size = False, [], own
+        self._open.writer.put(lambda: self._block(row, scalars, audited, projected, trained), size)
 
     def skip(self, window: Window, step: int, facts: dict[str, Any]) -> None:
         """Queue a step that a gradient scaler skipped: its settings and loss, none of its overflowed gradients."""

@@ -67,6 +67,12 @@ class MicroBatch:
         """Whether a backward pass reached any captured layer."""
         return bool(self.record.backwards)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that it holds on to."""
+        beside = (self.hashes, self.tokens, self.inputs, self.mask)
+        return self.record.nbytes + sum(tensor.nbytes for tensor in beside if tensor is not None)
+
 
 @dataclass
 class Window:

@@ -45,7 +45,8 @@ def _merged(rows: list[dict[str, Any]], sharded: bool) -> dict[str, Any]:
     first = dict(rows[0])
     for name in ("rows", "micro_batches"):
         first[name] = sum(row[name] for row in rows)
-    first["captured"] = any(row["captured"] for row in rows)
+    trained = [row["captured"] for row in rows if row["micro_batches"]]  # else a process had nothing to capture
+    first["captured"] = bool(trained) and all(trained)
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     first["loss"] = sum(losses) / len(losses) if losses else None
     told = rows if sharded else rows[:1]

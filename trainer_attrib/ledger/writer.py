@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import queue
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,26 +13,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer_attrib.ledger.backlog import Backlog
 from trainer_attrib.ledger.row_codecs import RowCodec
 from trainer_attrib.ledger.schema import EXAMPLES, ROWS, STEPS, Block, manifest_name, part_name
 from trainer_attrib.ledger.storage import Storage
 
 ROLL_BYTES = 32 << 20
 ROLL_SECONDS = 60.0
-QUEUED_STEPS = 64
+WAITING_BYTES = 256 << 20
 
 
 class StageWriter:
     """Writes one rank's parts of one stage, its rows as the codec encodes them.
 
     ``put`` takes a function that makes the step's :class:`Block`; it runs on the writer's thread, so that copying to
-    the CPU, normalising and decoding text cost the training loop nothing. At most ``QUEUED_STEPS`` wait; then ``put``
-    blocks, which bounds memory. A crash loses at most the part being filled.
+    the CPU, normalising and decoding text cost the training loop nothing. What waits holds at most ``WAITING_BYTES`` of
+    the training's tensors, then ``put`` blocks; the part being filled takes ``ROLL_BYTES``, twice that while it is
+    sealed. A crash loses at most the part being filled.
     """
 
     def __init__(self, storage: Storage, folder: str, codec: RowCodec, rank: int = 0) -> None:
         self._storage, self._folder, self._rank, self._codec = storage, folder, rank, codec
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUED_STEPS)
+        self._backlog = Backlog(WAITING_BYTES)
+        self.left_out = 0  # steps whose rows are not recorded, of this process since it began
         self._buffer: list[Block] = []
         self._records: list[np.ndarray] = []  # of the rows of the buffered blocks
         self._buffered, self._opened = 0, time.monotonic()
@@ -44,24 +47,43 @@ class StageWriter:
         self._thread = threading.Thread(target=self._run, name="trainer-attrib-writer", daemon=True)
         self._thread.start()
 
-    def put(self, make: Callable[[], Block]) -> None:
-        """Queue a step. Raises the fault that stopped the writer, if one did."""
+    def put(self, make: Callable[[], Block], size: int = 0) -> None:
+        """Queue a step, and wait until there is room for it. Raises the fault that stopped the writer, if one did.
+
+        Args:
+            make: the step's block.
+            size: bytes of tensors that it holds on to.
+        """
         if self._fault is not None:
             raise self._fault
-        self._queue.put(lambda: self._add(make()))
+        self._backlog.put(lambda: self._add(make()), size)
+
+    def keeps_up(self, size: int) -> bool:
+        """Whether there is room for a step of so many bytes, and as much again for what must not be left out."""
+        return self._backlog.fits(size)
+
+    def leave_out(self, step: int) -> None:
+        """Note that the rows of a step are not recorded because of what waits."""
+        if not self.left_out:
+            logging.getLogger("trainer_attrib").warning(
+                "step %d: %s takes longer to write than training to make rows. The step's rows are left out, as are those "
+                "of others while it is behind; SketchConfig(when_behind='wait') lets training wait instead.",
+                step, self._storage.url,
+            )  # fmt: skip
+        self.left_out += 1
 
     def flush(self) -> None:
         """Write and seal everything queued, and wait for it. Raises the writer's fault, if any."""
         if self._fault is None and self._thread.is_alive():
-            self._queue.put(self._seal)
-            self._queue.join()
+            self._backlog.put(self._seal)
+            self._backlog.join()
         if self._fault is not None:
             raise self._fault
 
     def close(self) -> None:
         """Write everything queued, seal the last part and stop the thread. Raises the writer's fault, if any."""
         if self._thread.is_alive():
-            self._queue.put(None)
+            self._backlog.put(None)
             self._thread.join()
         if self._fault is not None:
             raise self._fault
@@ -85,14 +107,12 @@ class StageWriter:
         return self._storage.read_json(name)["parts"] if self._storage.exists(name) else []
 
     def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
-            if self._fault is None:  # after a fault the queue is only drained, so that put never blocks for ever
-                self._guarded(work)
-            self._queue.task_done()
-        if self._fault is None:
-            self._guarded(self._seal)
+        self._backlog.run(self._guarded)
+        self._guarded(self._seal)
 
     def _guarded(self, work: Callable[[], None]) -> None:
+        if self._fault is not None:
+            return  # after a fault what waits is only dropped, so that put never blocks for ever
         try:
             work()
         except Exception as fault:

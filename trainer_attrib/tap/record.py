@@ -136,6 +136,12 @@ class Record:
         self._gather()
         return sum(part.numel() for part in self._parts.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is captured here."""
+        self._gather()
+        return sum(part.nbytes for part in self._parts.values())
+
     def holds(self, weight: str) -> bool:
         """Whether anything of this weight is captured here."""
         self._gather()

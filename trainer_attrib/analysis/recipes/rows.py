@@ -216,6 +216,8 @@ def _caveats(question: Question, stage: StageReader) -> list[str]:
         said.append(f"stage '{stage.name}': rows of {100 * sample:g} % of the examples, the others have no score")
     if every > 1:
         said.append(f"stage '{stage.name}': rows of one step in {every}, what examples did in the others is not known")
+    if left_out := _steps_left_out(stage):
+        said.append(f"stage '{stage.name}': the rows of {left_out} steps were left out because the disk was too slow")
     if coverage.get("share", 1.0) < 0.9:
         said.append(f"stage '{stage.name}': rows cover {coverage['share']:.0%} of the trainable parameters")
     if stage.meta["correction_unavailable"]:
@@ -224,3 +226,11 @@ def _caveats(question: Question, stage: StageReader) -> list[str]:
         reason = stage.meta["reason"] or "still running, or ended by a signal"
         said.append(f"stage '{stage.name}' is {stage.meta['status']}: {reason}")
     return said
+
+
+def _steps_left_out(stage: StageReader) -> int:
+    """Steps that trained, and of which no rows were recorded although they should have been."""
+    if stage.meta["sketch"].get("when_behind", "wait") == "wait":
+        return 0
+    steps = stage.steps().select(["captured", "micro_batches"]).to_pylist()
+    return sum(bool(step["micro_batches"]) and not step["captured"] for step in steps)
