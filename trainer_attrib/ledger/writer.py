@@ -66,8 +66,8 @@ class StageWriter:
         """Note that the rows of a step are not recorded because of what waits."""
         if not self.left_out:
             logging.getLogger("trainer_attrib").warning(
-                "step %d: %s takes longer to write than training to make rows. The step's rows are left out, as are those "
-                "of others while it is behind; SketchConfig(when_behind='wait') lets training wait instead.",
+                "step %d: %s takes longer to write than training to make rows. The step's rows are left out, as are "
+                "those of others while it is behind; SketchConfig(when_behind='wait') lets training wait instead.",
                 step, self._storage.url,
             )  # fmt: skip
         self.left_out += 1
