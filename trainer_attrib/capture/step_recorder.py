@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class StepRecorder:
         self._moments = SecondMoments(self.weights, optimizer, self._parameters, correction, processes)
         self.count = stage.taken[number]  # steps of this optimizer
         self._version = 0
-        self._checked = False
+        self._checked = self._said_not_finite = False
         self._rows: RowMaker | None = None
         self._audited: list[WeightPlan] = []
         self._keep: Tensor | None = None
@@ -186,7 +187,20 @@ class StepRecorder:
                 "the weight is also used outside its layer, or gradients were changed before the optimizer step.",
                 row["step"], row["audit_weight"], row["audit_residual"],
             )  # fmt: skip
-        return self._rows.block(row, trained, self._keep) if self._rows else Block(row | {"rows": 0})
+        block = self._rows.block(row, trained, self._keep) if self._rows else Block(row | {"rows": 0})
+        self._say_not_finite(block)
+        return block
+
+    def _say_not_finite(self, block: Block) -> None:
+        """Training may survive it, and the run is recorded as it was; once is enough to go and look."""
+        broken = [row["example"] for row in block.rows if not isfinite(row["norm"])]
+        if broken and not self._said_not_finite:
+            self._said_not_finite = True
+            logger.warning(
+                "stage '%s', step %d: the gradients of %d examples are NaN or infinite (%s, ...). Such rows are kept "
+                "without a direction, and left out of every answer; later steps are not reported.",
+                self._stage.name, block.step["step"], len(broken), broken[0],
+            )  # fmt: skip
 
     def _say_nothing_fired(self, window: Window | None) -> None:
         """Say why that may be. If forward passes were seen, it is likely code compiled before recording began."""

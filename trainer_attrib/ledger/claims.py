@@ -5,10 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 from trainer_attrib.errors import StageExistsError
 from trainer_attrib.ledger.storage import Storage
+
+ROOM = 256 << 10
+"""Bytes of disk that are kept free for a recording's last words."""
 
 
 class Claim:
@@ -24,7 +28,7 @@ class Claim:
     """
 
     def __init__(self, storage: Storage, folder: str) -> None:
-        self._release = lambda: None
+        self._release, self._path = lambda: None, ""
         if not storage.local:
             return
         with storage.writing(folder):
@@ -42,9 +46,20 @@ class Claim:
         except OSError:
             return  # a file system without locks
         _clear(Path(storage.path(folder)))
+        with suppress(OSError):  # a disk that is nearly full, or cannot reserve
+            os.posix_fallocate(lock, 0, ROOM)
+        self._path = storage.path(f"{folder}/.writer")
+
+    def make_room(self) -> None:
+        """Give the reserved room back to the disk: one that is full must not keep a recording from saying so."""
+        if self._path:
+            os.truncate(self._path, 0)
 
     def release(self) -> None:
         """Let others write; safe to call twice."""
+        with suppress(OSError):
+            self.make_room()
+        self._path = ""
         self._release()
 
 

@@ -151,6 +151,8 @@ class StageJournal:
     def update(self, **changes: Any) -> None:
         """Change entries of ``stage.json`` and write it."""
         self.meta.update(changes)
+        if self._claim is not None and changes.get("status") == "incomplete":
+            self._claim.make_room()
         self._storage.write_json(f"{self._folder}/stage.json", self.meta)
 
     def snapshot(self, name: str, step: int, weights: Tensors, beside: Beside | None = None) -> None:

@@ -122,7 +122,8 @@ def _nearest(stage: StageReader, name: str, where: Where | None) -> Where | None
     wanted = where or Where()
     passes, found = wanted.of_stage(stage.sources), dict[str, int]()
     for block in stage.rows():
-        table = block.table.filter(pa.array(passes(block.table) & block.table["complete"].to_numpy(False)))
+        usable = block.table["complete"].to_numpy(False) & np.isfinite(block.table["norm"].to_numpy())
+        table = block.table.filter(pa.array(passes(block.table) & usable))
         for example, step in zip(table["example"].to_pylist(), table["step"].to_pylist(), strict=True):
             if example not in found or (abs(step - at), step) < (abs(found[example] - at), found[example]):
                 found[example] = step

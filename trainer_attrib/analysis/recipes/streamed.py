@@ -98,7 +98,9 @@ class Comparable:
         versions, complete = block.table["version"].to_numpy(), block.table["complete"].to_numpy()
         wanted = np.ones(len(versions), bool) if self._passes is None else self._passes(block.table)
         tally.skip("some layers did not fire", int((wanted & ~complete).sum()))
-        return list(self._by_version(block, versions, complete & wanted, tally)), tally
+        finite = np.isfinite(block.table["norm"].to_numpy())
+        tally.skip("their gradients were NaN or infinite", int((wanted & complete & ~finite).sum()))
+        return list(self._by_version(block, versions, complete & finite & wanted, tally)), tally
 
     def _by_version(self, block: RowBlock, versions: np.ndarray, chosen: np.ndarray, tally: Tally) -> Iterator[Part]:
         for version in np.unique(versions[chosen]):
