@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import trainer_attrib as ta
 from tests.processes.train_shards import BATCH, STEPS, Uneven, data, stage
 from tests.support import support
-from trainer_attrib.errors import CorruptPartError, LedgerNotFoundError
+from trainer_attrib.errors import CorruptPartError, LedgerFormatError, LedgerNotFoundError
 from trainer_attrib.ledger.links import describe_weights, sample, sampled
 from trainer_attrib.ledger.reader import Ledger, StageReader
 
@@ -224,6 +224,21 @@ def test_parts_that_do_not_fit_never_become_weights(change: dict[str, Any], copy
         found.snapshot_entry("end")["shards"][rank]["bytes"] = path.stat().st_size
     with pytest.raises(CorruptPartError, match=r"the parts of 'embedding\.weight' do not make a whole"):
         found.snapshot("end")
+
+
+def test_what_somebody_made_up_is_an_error_of_this_library(copy: Path) -> None:
+    found, path = stage_of(copy), copy / "stages/one/snapshots/end.rank-0001.safetensors"
+    for metadata in (None, {"shards": "{"}, {"shards": "[1]"}, {"shards": '{"no.weight": {"start": 0, "shape": [1]}}'}):
+        save_file(load_file(path), path, metadata)
+        found.snapshot_entry("end")["shards"]["0001"]["bytes"] = path.stat().st_size
+        with pytest.raises(CorruptPartError, match=r"end\.rank-0001\.safetensors is corrupt"):
+            found.snapshot("end")
+    meta = json.loads((copy / "stages/one/stage.json").read_text())
+    for shards in ({"../../x": {"bytes": 1, "blake2b": ""}}, {"0000": {"bytes": -1, "blake2b": ""}}, [1]):
+        meta["snapshots"][-1]["shards"] = shards
+        (copy / "stages/one/stage.json").write_text(json.dumps(meta))
+        with pytest.raises(LedgerFormatError):
+            stage_of(copy).snapshot("end")
 
 
 def test_a_ledger_elsewhere(copy: Path, recorded: Path) -> None:

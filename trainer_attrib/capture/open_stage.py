@@ -68,10 +68,12 @@ class Recording:
         return {name: shard_of(weight) for name, weight in weights.items()} if self.sharded else weights
 
     def described(self) -> tuple[Described, Mapping[str, Tensor]]:
-        """Shapes and hashes of all parameters, and the parameters or a sample of each. Where they are sharded, every
-        process must ask, and the first one is told."""
+        """Shapes and hashes of all parameters, and the parameters or a sample of each. The first process is told; where
+        they are sharded, every one must ask."""
         weights = {name: parameter.data for name, parameter in self.parameters.items()}
-        return describe_shards(weights) if self.sharded else (describe_weights(weights), weights)
+        if self.sharded:
+            return describe_shards(weights)
+        return (describe_weights(weights), weights) if self.processes.leads else ({}, {})
 
     def beside(self) -> Beside:
         """What a snapshot inside the stage or at its end stores beside the weights."""
@@ -127,7 +129,8 @@ def open_stage(recording: Recording, shadows: Shadows, after_step: int) -> OpenS
         stage = Ledger(recording.storage.url).stage(recording.name)
         seen.update(stage.examples()["example"].to_pylist())
         taken.update(stage.steps()["optimizer"].to_pylist())
-        _note_lost(journal, lost_steps(stage, after_step), after_step)
+        if recording.processes.leads:
+            _note_lost(journal, lost_steps(stage, after_step), after_step)
     return OpenStage(recording, journal, writer, seen, taken)
 
 

@@ -54,8 +54,10 @@ class OneOf:
 COUNT, LENGTH, RANK = Whole(0, 1 << 53), Whole(1, 1 << 31), Whole(1, 1024)
 WIDTH = Whole(1, 1 << 28)
 FILE = {"bytes": COUNT, "blake2b": str}
-SNAPSHOT = {"name": str, "step": COUNT, "stored_in": Maybe((str, str)), "bytes": Maybe(COUNT), "blake2b": Maybe(str)}
-BESIDE = {"stored_in": Maybe((str, str)), "bytes": Maybe(COUNT), "blake2b": Maybe(str)}
+BESIDE = {
+    "stored_in": Maybe((str, str)), "bytes": Maybe(COUNT), "blake2b": Maybe(str), "shards": Maybe(Each(FILE)),
+}  # fmt: skip
+SNAPSHOT = {"name": str, "step": COUNT, **BESIDE}
 WEIGHT = {
     "name": str, "bias": str, "bias_axis": Whole(0, 1), "modules": [str], "rows": LENGTH, "columns": LENGTH,
     "left": RANK, "right": RANK, "offset": COUNT,
@@ -74,7 +76,7 @@ STAGE = {
     "link": Maybe({"parent": Maybe(str), "kind": str, "reason": Maybe(str), **dict.fromkeys(CHANGES, Maybe([str]))}),
     "snapshots": [{**SNAPSHOT, **dict.fromkeys(("moments", "buffers", "optimizer"), Maybe(BESIDE))}],
     "versions": [{"version": Whole(1, 9999), "after_step": COUNT, **FILE}],
-    "resumed": [{"after_step": COUNT, "parts": Each(COUNT)}],
+    "resumed": [{"after_step": COUNT, "parts": Each(COUNT), "processes": Maybe(COUNT), "lost": Maybe(str)}],
     "processes": Whole(1, 1 << 16), "sharded": bool, "plan": PLAN, "trainable": [str],
     "width": WIDTH, "row_blocks": Maybe([(LENGTH, LENGTH, LENGTH)]),
     "sketch": {"dtype": OneOf(ROW_DTYPES), "rank": Maybe(RANK)}, "adapters": Maybe([str]),
@@ -89,6 +91,7 @@ _SHAPED = {"shape": [COUNT], "hash": str}
 FORMS: tuple[tuple[str, Any], ...] = (
     (r"ledger\.json", {"parameters": Each([COUNT])}),
     (r"stages/[^/]+/stage\.json", STAGE),
+    (r"stages/[^/]+/ending-[^/]*\.json", {"attempt": COUNT, "step": COUNT, "reason": str}),
     (r"stages/[^/]+/manifest-[^/]*\.json", {"parts": [PART]}),
     (r"stages/[^/]+/weights\.json", {
         "start": Maybe(Each(_SHAPED)), "end": Maybe(Each(_SHAPED)),

@@ -140,6 +140,17 @@ def shard_name(file: str, rank: int) -> str:
     return f"{file.removesuffix('.safetensors')}.rank-{int(rank):04d}.safetensors"
 
 
+def rank_of(key: str) -> int:
+    """The rank that a key of ``shards`` names.
+
+    Raises:
+        LedgerFormatError: it names none.
+    """
+    if not re.fullmatch(r"[0-9]{4,6}", key):
+        raise LedgerFormatError(f"'{key}' is not the rank of a process.", cause="stage.json was edited or damaged.")
+    return int(key)
+
+
 def ending_name(rank: int) -> str:
     """Each process but the first says in a file of its own that its recording broke off, and why."""
     return f"ending-{rank:04d}.json"

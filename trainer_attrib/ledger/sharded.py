@@ -17,8 +17,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from trainer_attrib.errors import CorruptPartError, LedgerNotFoundError
-from trainer_attrib.ledger.schema import shard_name
-from trainer_attrib.ledger.snapshots import Files, combine, fingerprint_tensors, save_tensors
+from trainer_attrib.ledger.schema import rank_of, shard_name
+from trainer_attrib.ledger.snapshots import Files, combine, decoding, fingerprint_tensors, save_tensors
 from trainer_attrib.ledger.storage import Storage
 from trainer_attrib.tap.shards import Shard
 
@@ -92,13 +92,13 @@ def load_sharded(storage: Storage, name: str, shards: Mapping[str, Mapping[str, 
     """
     found: dict[str, _Whole] = {}
     sealed = sum(int(entry["bytes"]) for entry in shards.values())
-    for rank in sorted(shards):
-        file = shard_name(name, int(rank))
-        _check(storage, file, int(rank), shards[rank]["bytes"])
+    for rank in sorted(shards, key=rank_of):
+        file = shard_name(name, rank_of(rank))
+        _check(storage, file, rank_of(rank), shards[rank]["bytes"])
         for key, rows, start, shape in _parts(storage, file):
             if not (whole := found.setdefault(key, _Whole(rows.dtype, shape, sealed))).takes(rows, start, shape):
-                raise _unfit(storage.path(file), key, f"rank {int(rank)} has {list(rows.shape)} from row {start} of "
-                             f"{list(shape)}, of which the ranks before it have {whole.filled} rows")  # fmt: skip
+                said = f"rank {rank_of(rank)} has {list(rows.shape)} from row {start} of {list(shape)}"
+                raise _unfit(storage.path(file), key, f"{said}, the ranks before it have {whole.filled} rows")
     for key, whole in found.items():
         if whole.filled != whole.rows:
             raise _unfit(storage.path(name), key, f"all ranks together have {whole.filled} of {whole.rows} rows")
@@ -128,19 +128,20 @@ class _Whole:
 def _parts(storage: Storage, file: str) -> Iterator[Part]:
     """The tensors of one file, one after another where it is local."""
     if storage.local:
-        with safe_open(storage.path(file), framework="pt") as opened:
-            for key, place in _places(opened.metadata()).items():
-                yield key, opened.get_tensor(key), int(place["start"]), tuple(place["shape"])
+        with decoding(storage, file), safe_open(storage.path(file), framework="pt") as opened:
+            for key, start, shape in _places(opened.metadata()):
+                yield key, opened.get_tensor(key), start, shape
     else:
         data = storage.read(file)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        tensors = load(data)
-        for key, place in _places(header.get("__metadata__")).items():
-            yield key, tensors[key], int(place["start"]), tuple(place["shape"])
+        with decoding(storage, file):
+            header, tensors = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]), load(data)
+            for key, start, shape in _places(header["__metadata__"]):
+                yield key, tensors[key], start, shape
 
 
-def _places(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    return json.loads((metadata or {}).get(_PLACES, "{}"))
+def _places(metadata: Mapping[str, str]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    for key, place in dict(json.loads(metadata[_PLACES])).items():
+        yield key, int(place["start"]), tuple(int(length) for length in place["shape"])
 
 
 def _check(storage: Storage, file: str, rank: int, sealed: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,8 +75,19 @@ def load_tensors(storage: Storage, name: str) -> dict[str, Tensor]:
     """
     if not storage.exists(name):
         storage.read(name)  # says so
-    try:
+    with decoding(storage, name):
         return load_file(storage.path(name)) if storage.local else load(storage.read(name))
+
+
+@contextmanager
+def decoding(storage: Storage, name: str) -> Iterator[None]:
+    """What decoding a damaged file raises, as an error that says which file it is.
+
+    Raises:
+        CorruptPartError: instead.
+    """
+    try:
+        yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CorruptPartError(
             f"{storage.path(name)} is corrupt: safetensors says: {error}.",

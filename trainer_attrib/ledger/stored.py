@@ -13,6 +13,7 @@ from trainer_attrib.ledger.schema import (
     check_format,
     check_stage_name,
     ending_name,
+    rank_of,
     shard_name,
     snapshot_name,
     version_name,
@@ -167,4 +168,4 @@ def _files(what: str, path: str, entry: dict[str, Any]) -> Iterator[tuple[str, s
         yield what, path, entry
     for rank, shard in entry.get("shards", {}).items():
         shared = {"stored_in": entry["stored_in"]} if "stored_in" in entry else {}
-        yield f"{what}, rank {int(rank)}", shard_name(path, int(rank)), shard | shared
+        yield f"{what}, rank {rank_of(rank)}", shard_name(path, rank_of(rank)), shard | shared
