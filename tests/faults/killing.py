@@ -54,7 +54,7 @@ def run(work: Callable[[], Any]) -> Any:
     """
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
-        _leave(lambda: os.write(writing, json.dumps({"found": work()}).encode()), writing)
+        leave(lambda: os.write(writing, json.dumps({"found": work()}).encode()), writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         told = json.loads(pipe.read() or b"{}")
@@ -94,7 +94,7 @@ def kill(work: Callable[[], Any], moment: Moment) -> bool:
     """Run the work, and kill it with SIGKILL at that moment; False if it had ended before."""
     if (child := os.fork()) == 0:
         with _operations(moment.operation):
-            _leave(work)
+            leave(work)
     if moment.seconds is not None:
         time.sleep(moment.seconds)
         os.kill(child, signal.SIGKILL)
@@ -104,7 +104,7 @@ def kill(work: Callable[[], Any], moment: Moment) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def _leave(work: Callable[[], Any], failures: int | None = None) -> None:
+def leave(work: Callable[[], Any], failures: int | None = None) -> None:
     """Do the work and end this process, as a process that was forked must: without its parent's cleaning up."""
     try:
         work()

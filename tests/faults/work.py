@@ -83,7 +83,7 @@ def sketch_pass(place: Path) -> None:
     examples = Examples.of_classes(x, y, ids=[f"second/{i}" for i in range(len(x))], batch_size=2)
     before, passes.PART_BYTES = passes.PART_BYTES, 1
     try:
-        Analyzer(place / "ledger", _end_of_second(place)).sketch({"second": examples})
+        Analyzer(place / "ledger", end_of_second(place)).sketch({"second": examples})
     finally:
         passes.PART_BYTES = before
 
@@ -91,10 +91,11 @@ def sketch_pass(place: Path) -> None:
 def retrain(place: Path) -> None:
     """Ask what the first stage did, which trains the second one again without it."""
     programs = {"second": lambda model: lambda: train_again(model, "second")}
-    Analyzer(place / "ledger", _end_of_second(place)).stage_effects([margins()], method="retrain", programs=programs)
+    Analyzer(place / "ledger", end_of_second(place)).stage_effects([margins()], method="retrain", programs=programs)
 
 
-def _end_of_second(place: Path) -> Classifier:
+def end_of_second(place: Path) -> Classifier:
+    """The model after both stages."""
     model = Classifier().double()
     model.load_state_dict(torch.load(place / "second.pt", weights_only=True))
     return model
