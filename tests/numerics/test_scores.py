@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_attrib.numerics.scores import debiased, denoised, grad_cos, grad_dot, rank, standardized
+from trainer_attrib.numerics.scores import debiased, denoised, descent, grad_dot, rank, standardized
 from trainer_attrib.numerics.sketching import unit_rows
 
 
@@ -21,7 +21,7 @@ def test_training_that_raises_a_behavior_scores_positive() -> None:
     loss_gradient = torch.tensor([[1.0, -2.0]])
     unit, norms = unit_rows(loss_gradient)
     assert float(grad_dot(-loss_gradient, unit, norms)) == 5.0
-    assert abs(float(grad_cos(-3 * loss_gradient, unit, norms)) - 1) < 1e-6
+    assert abs(float(descent(-3 * loss_gradient) @ unit.T) - 1) < 1e-6
 
 
 def test_dot_is_the_negative_inner_product() -> None:
@@ -35,16 +35,16 @@ def test_dot_is_the_negative_inner_product() -> None:
 def test_cosine_is_bounded_and_ignores_lengths(seed: int, length: float) -> None:
     queries, rows = _data(seed)
     unit, norms = unit_rows(rows)
-    scores = grad_cos(queries, unit, norms)
+    scores = descent(queries) @ unit.T
     assert float(scores.abs().max()) <= 1 + 1e-5
-    assert torch.allclose(grad_cos(queries * length, unit, norms * length), scores, atol=1e-5)
+    assert torch.allclose(descent(queries * length) @ unit.T, scores, atol=1e-5)
 
 
 def test_zero_sides_score_zero() -> None:
     queries, rows = _data(1)
     rows[2], queries[0] = 0, 0
     unit, norms = unit_rows(rows)
-    scores = grad_cos(queries, unit, norms)
+    scores = descent(queries) @ unit.T
     assert not scores[:, 2].any()
     assert not scores[0].any()
 

@@ -81,6 +81,6 @@ def _parsed(data: bytes, rows: int | None) -> pa.Table:
     unpacked = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
     if not 0 <= unpacked <= MOST_UNPACKED + 100 * len(data) or about.num_rows > MOST_UNPACKED:
         raise ValueError(f"{unpacked} bytes and {about.num_rows} rows would be unpacked from {len(data)} bytes")
-    table = file.read()
+    table = file.read(use_threads=False)  # of some hundred kilobytes
     table.validate(full=True)
     return table

@@ -21,15 +21,15 @@ def grad_dot(queries_QK: Tensor, unit_NK: Tensor, norms_N: Tensor) -> Tensor:
     return -(queries_QK.float() @ unit_NK.float().T) * norms_N.float()
 
 
-def grad_cos(queries_QK: Tensor, unit_NK: Tensor, norms_N: Tensor) -> Tensor:
-    """Cosine of the behaviors' gradients and the examples' negative loss gradients, in [-1, 1]: [Q, N], float32.
+def descent(queries_QK: Tensor) -> Tensor:
+    """Minus the queries scaled to unit norm, [Q, K], float32: their products with unit-norm rows are cosines of the
+    behaviors' gradients and the examples' negative loss gradients, in [-1, 1].
 
     Zero where either side is zero. Unit norm keeps examples with large gradients from winning every query
     (Chang et al. 2024, "TrackStar", section 3).
     """
     lengths_Q = queries_QK.float().norm(dim=1, keepdim=True)
-    scores_QN = -(queries_QK.float() @ unit_NK.float().T) / torch.where(lengths_Q > 0, lengths_Q, 1.0)
-    return torch.where((norms_N > 0)[None, :], scores_QN, torch.zeros_like(scores_QN))
+    return -queries_QK.float() / torch.where(lengths_Q > 0, lengths_Q, 1.0)
 
 
 def standardized(scores_QN: np.ndarray) -> np.ndarray:
@@ -84,4 +84,7 @@ def rank(scores_N: np.ndarray, ids_N: np.ndarray, k: int, *, largest: bool) -> n
     """Positions of the k best scores, best first; ties are broken by id so that the order never depends on storage."""
     usable = np.flatnonzero(~np.isnan(scores_N))
     keys = -scores_N[usable] if largest else scores_N[usable]
+    if k < len(keys):  # sorting by id is slow: only what can be among the best is sorted
+        near = keys <= np.partition(keys, k)[k]
+        usable, keys = usable[near], keys[near]
     return usable[np.lexsort((ids_N[usable], keys))[:k]]

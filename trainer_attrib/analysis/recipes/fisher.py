@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer_attrib.analysis.recipes.proposed import Products
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.recipes.rows import Score, score_rows
-from trainer_attrib.analysis.recipes.streamed import Rows, StreamedStage
+from trainer_attrib.analysis.recipes.streamed import ByVersion, Rows, StreamedStage
 from trainer_attrib.analysis.recipes.trackstar import training_moments
 from trainer_attrib.numerics.row_curvature import damped_inverse, whiten
 from trainer_attrib.numerics.scores import grad_dot
@@ -45,12 +45,7 @@ class Fisher:
         spans = SketchPlan.from_dict(stage.reader.meta["plan"]).row_spans
         moments = training_moments(stage, spans)[0]
         inverses = [damped_inverse(moment_KK, self.damping) for moment_KK in moments.means()]
-        queries: dict[int, Tensor] = {}
-
-        def asked(version: int) -> Tensor:
-            if version not in queries:
-                queries[version] = whiten(sketch(version), spans, inverses)
-            return queries[version]
+        asked = ByVersion(lambda version: whiten(sketch(version), spans, inverses))
 
         def score(rows: Rows) -> Tensor:
             return grad_dot(asked(rows.version), rows.unit, rows.norms)

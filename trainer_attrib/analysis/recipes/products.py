@@ -10,8 +10,8 @@ from torch import Tensor
 from trainer_attrib.analysis.recipes.proposed import Products
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.recipes.rows import Score, score_rows
-from trainer_attrib.analysis.recipes.streamed import Rows, StreamedStage
-from trainer_attrib.numerics.scores import grad_cos, grad_dot
+from trainer_attrib.analysis.recipes.streamed import ByVersion, Rows, StreamedStage
+from trainer_attrib.numerics.scores import descent, grad_dot
 from trainer_attrib.numerics.second_moment import root_mean
 
 
@@ -49,8 +49,9 @@ class GradCos:
 
     def prepare(self, stage: StreamedStage, sketch: Callable[[int], Tensor]) -> Score:
         """Nothing to prepare."""
+        asked = ByVersion(lambda version: descent(sketch(version)))
         return Products(
-            lambda rows: grad_cos(sketch(rows.version), rows.unit, rows.norms),
+            lambda rows: asked(rows.version) @ rows.unit.T,
             lambda version: -sketch(version),
             lambda rows: rows.unit * (rows.norms > 0)[:, None],
         )

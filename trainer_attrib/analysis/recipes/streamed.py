@@ -76,6 +76,23 @@ class Part:
             yield Rows(unit_NK, norms_N, self._reach_N[span], self.version)
 
 
+class ByVersion:
+    """What depends on the second moments that scale rows, made once for each version.
+
+    Args:
+        make: version -> its value.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        self._make, self._made = make, dict[int, Tensor]()
+
+    def __call__(self, version: int) -> Tensor:
+        """Of one version."""
+        if version not in self._made:
+            self._made[version] = self._make(version)
+        return self._made[version]
+
+
 @dataclass
 class Comparable:
     """Which rows of a stage are compared.

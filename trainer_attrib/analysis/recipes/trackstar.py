@@ -15,9 +15,9 @@ from torch import Tensor
 from trainer_attrib.analysis.recipes.proposed import Products
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
 from trainer_attrib.analysis.recipes.rows import Score, score_rows
-from trainer_attrib.analysis.recipes.streamed import Comparable, Part, Rows, StreamedStage
+from trainer_attrib.analysis.recipes.streamed import ByVersion, Comparable, Part, Rows, StreamedStage
 from trainer_attrib.numerics.row_curvature import SecondMoments, inverse_root, mixing_weight, shrunk, whiten
-from trainer_attrib.numerics.scores import grad_cos
+from trainer_attrib.numerics.scores import descent
 from trainer_attrib.numerics.sketching import unit_rows
 from trainer_attrib.tap.plan import SketchPlan
 
@@ -60,17 +60,13 @@ class TrackStar:
         task = SecondMoments(spans)
         task.add(unit_rows(sketch(last))[0])  # queries count alike, whatever their gradient's norm
         roots = [inverse_root(moment_KK) for moment_KK in self.curvature(task, train)]
-        queries: dict[int, Tensor] = {}
-
-        def asked(version: int) -> Tensor:
-            if version not in queries:
-                queries[version] = whiten(sketch(version), spans, roots)
-            return queries[version]
+        asked = ByVersion(lambda version: whiten(sketch(version), spans, roots))
+        directions = ByVersion(lambda version: descent(asked(version)))
 
         def score(rows: Rows) -> Tensor:
             unit_NK, stretch_N = unit_rows(whiten(rows.unit, spans, roots))
             if self.unit_norm:
-                return grad_cos(asked(rows.version), unit_NK, rows.norms)
+                return directions(rows.version) @ (unit_NK * (rows.norms > 0)[:, None]).T
             return -(asked(rows.version) @ unit_NK.T) * (stretch_N * rows.norms)
 
         def vectors(rows: Rows) -> Tensor:

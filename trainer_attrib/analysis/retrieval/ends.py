@@ -132,7 +132,7 @@ class Ends:
         self._plan, self._keep, self._sums, self._part = plan, keep, sums, 0
         self._slots = np.full(len(plan.ids), -1, np.int64)
         self._free = list(range(plan.open))[::-1]
-        self._open_SQ = np.zeros((plan.open, queries))
+        self._open_QS = np.zeros((queries, plan.open))
         nothing: tuple[np.ndarray, np.ndarray] = np.zeros((queries, 0), np.float32), np.zeros((queries, 0), np.int64)
         self._held = [nothing, nothing]  # scores and numbers of the largest, of the smallest
 
@@ -142,12 +142,12 @@ class Ends:
         open_M = numbers_N[part.open]
         new = open_M[self._slots[open_M] < 0]
         self._slots[new] = [self._free.pop() for _ in range(len(new))]
-        self._open_SQ[self._slots[open_M]] += part.open_sums
+        self._open_QS[:, self._slots[open_M]] += part.open_sums
         ended = self._plan.ended(self._part)
         ended = ended[self._slots[ended] >= 0]
         slots = self._slots[ended]
-        scores_QF = means(self._open_SQ[slots], self._plan.counts[ended], sums=self._sums)
-        self._open_SQ[slots], self._slots[ended] = 0, -1
+        scores_QF = means(self._open_QS[:, slots], self._plan.counts[ended], sums=self._sums)
+        self._open_QS[:, slots], self._slots[ended] = 0, -1
         self._free.extend(slots.tolist())
         numbers_QF = np.broadcast_to(ended, scores_QF.shape)
         for end in range(2):

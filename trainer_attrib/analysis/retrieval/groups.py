@@ -26,15 +26,17 @@ class Sums:
         places = np.array([self.labels.setdefault(label, len(self.labels)) for label in labels], np.int64)
         if not len(at_N):
             return
-        order = np.argsort(at_N, kind="stable")
-        used, starts, sizes = np.unique(at_N[order], return_index=True, return_counts=True)
-        sorted_QN = scores_QN[:, order]
-        self._grow(len(scores_QN))
-        unknown_QN = np.isnan(sorted_QN)
-        if unknown_QN.any():
-            sorted_QN = np.where(unknown_QN, 0.0, sorted_QN)
+        if (np.diff(at_N) < 0).any():
+            order = np.argsort(at_N, kind="stable")
+            at_N, scores_QN = at_N[order], scores_QN[:, order]
+        used, starts, sizes = np.unique(at_N, return_index=True, return_counts=True)
+        sums = np.add.reduceat(scores_QN, starts, axis=1, dtype=np.float64)
+        if np.isnan(sums).any():
+            unknown_QN = np.isnan(scores_QN)
+            sums = np.add.reduceat(np.where(unknown_QN, 0.0, scores_QN), starts, axis=1, dtype=np.float64)
             sizes = sizes - np.add.reduceat(unknown_QN.astype(np.int64), starts, axis=1)
-        self.sums[:, places[used]] += np.add.reduceat(sorted_QN, starts, axis=1, dtype=np.float64)
+        self._grow(len(scores_QN))
+        self.sums[:, places[used]] += sums
         self.counts[:, places[used]] += sizes
 
     def merge(self, other: Sums) -> None:

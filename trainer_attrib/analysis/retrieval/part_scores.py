@@ -13,7 +13,7 @@ from trainer_attrib.analysis.retrieval.visits import PartVisits, means, named
 
 @dataclass(frozen=True)
 class PartSums:
-    """Scores of a part's examples, summed over their rows in it, float64 [N, Q]; and the sums over groups of rows."""
+    """Scores of a part's examples, summed over their rows in it, float64 [Q, N]; and the sums over groups of rows."""
 
     visits: PartVisits
     sums: np.ndarray
@@ -28,7 +28,7 @@ class TopK:
         scores: of both ends of those that are in no other part, largest first, float32 [2, Q, K].
         places: which of the part's examples they are of, [2, Q, K].
         open: the part's examples that are in other parts too, [M].
-        open_sums: of their scores in this part, float64 [M, Q].
+        open_sums: of their scores in this part, float64 [Q, M].
         groups: sums over groups of all rows; None where they were not asked for.
     """
 
@@ -51,12 +51,13 @@ def top_k(found: PartSums, closed: np.ndarray, queries: slice, keep: int, *, sum
         groups: whether sums over groups are wanted.
     """
     at, open_at = np.flatnonzero(closed), np.flatnonzero(~closed)
-    scores_QN = means(found.sums[at, queries], found.visits.counts[at], sums=sums)
+    asked_QN = found.sums[queries]
+    scores_QN = means(asked_QN if len(at) == len(closed) else asked_QN[:, at], found.visits.counts[at], sums=sums)
 
     def ids(_: int, places: np.ndarray) -> np.ndarray:
         return named(found.visits.ids, at[places])
 
     both = [best_places(scores_QN, keep, ids, largest=end) for end in (True, False)]
     scores = np.stack([np.take_along_axis(scores_QN, places, 1) for places in both])
-    open_sums = found.sums[open_at, queries]
+    open_sums = asked_QN[:, open_at]
     return TopK(scores, np.stack([at[places] for places in both]), open_at, open_sums, found.groups if groups else None)

@@ -58,12 +58,12 @@ def part_visits(table: pa.Table) -> tuple[PartVisits, np.ndarray]:
 
 
 def part_sums(at: np.ndarray, examples: int, scores_QN: np.ndarray) -> np.ndarray:
-    """Sums of the scores of the rows of each example, float64 [examples, Q], in the order of the rows."""
+    """Sums of the scores of the rows of each example, float64 [Q, examples], in the order of the rows."""
     if len(at) == examples:  # one row each, in their order
-        return scores_QN.T.astype(np.float64)
-    sums_NQ = np.zeros((examples, len(scores_QN)))
-    np.add.at(sums_NQ, at, scores_QN.T)
-    return sums_NQ
+        return scores_QN.astype(np.float64)
+    order = np.argsort(at, kind="stable")
+    starts = np.searchsorted(at[order], np.arange(examples))
+    return np.add.reduceat(scores_QN[:, order], starts, axis=1, dtype=np.float64)
 
 
 @dataclass
@@ -84,10 +84,10 @@ class Visits:
         return numbers_N
 
 
-def means(sums_NQ: np.ndarray, counts_N: np.ndarray, *, sums: bool) -> np.ndarray:
+def means(sums_QN: np.ndarray, counts_N: np.ndarray, *, sums: bool) -> np.ndarray:
     """Scores of examples all of whose visits are summed: their mean, or their sum, float32 [Q, N]."""
-    shares_N = np.ones(len(counts_N)) if sums else counts_N
-    return np.ascontiguousarray((sums_NQ / shares_N[:, None]).T, np.float32)
+    once = sums or bool((counts_N == 1).all())
+    return np.ascontiguousarray(sums_QN if once else sums_QN / counts_N, np.float32)
 
 
 def grown(values: np.ndarray, length: int) -> np.ndarray:
@@ -113,13 +113,13 @@ class AllScores:
         self._sums, self._visits = sums, Visits()
         self._scores_NQ = np.zeros((0, queries))
 
-    def add(self, part: PartVisits, sums_NQ: np.ndarray) -> None:
+    def add(self, part: PartVisits, sums_QN: np.ndarray) -> None:
         """Take in the examples of one part and the sums of their rows' scores."""
         numbers_N = self._visits.add(part)
         self._scores_NQ = grown(self._scores_NQ, len(self._visits.index))
-        self._scores_NQ[numbers_N] += sums_NQ
+        self._scores_NQ[numbers_N] += sums_QN.T
 
     def found(self) -> Found:
         """The scores of all examples."""
-        scores = means(self._scores_NQ, self._visits.counts, sums=self._sums)
+        scores = means(self._scores_NQ.T, self._visits.counts, sums=self._sums)
         return Found(list(self._visits.index), self._visits.last_steps, scores)
