@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from fsspec import AbstractFileSystem
@@ -10,6 +10,16 @@ from fsspec import AbstractFileSystem
 from trainer_attrib.errors import CorruptPartError, LedgerNotFoundError
 
 GAP_BYTES = 64 << 10  # between two ranges: less of it is read through, for a request costs more
+
+
+class Records(Protocol):
+    """Records of a part [N]: an array, or what is read when it is indexed."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> Any:
+        """Records of a slice or of indices."""
+        ...
 
 
 class RangedRecords:

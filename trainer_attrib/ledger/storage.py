@@ -20,13 +20,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from trainer_attrib.errors import LedgerError, LedgerFormatError, LedgerNotFoundError, LedgerNotWritableError
 from trainer_attrib.ledger.documents import Document, check
-from trainer_attrib.ledger.ranges import RangedRecords
+from trainer_attrib.ledger.ranges import RangedRecords, Records
 
 MOST_JSON = 1 << 28
 """Bytes that a JSON file may have; Python's objects take some ten times as much."""
-
-Records = np.ndarray | RangedRecords
-"""Records of a part, [N]."""
 
 
 class Storage:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from trainer_attrib.ledger.prefetch import ahead
+from trainer_attrib.ledger.ranges import Records
 from trainer_attrib.ledger.row_codecs import RowCodec
-from trainer_attrib.ledger.storage import Records
 
 CHUNK = 256  # rows at a time, unless somebody knows better
 READ_BYTES = 4 << 20  # of a remote part at a time; two such reads are held
@@ -69,6 +69,10 @@ class StoredRows:
 
     def _read(self, rows: Any) -> np.ndarray:
         return self._records[rows if self._at is None else self._at[rows]]
+
+    def records(self) -> np.ndarray:
+        """What is on disk of these rows, [N]."""
+        return self._read(slice(None))
 
     def take(self, at: np.ndarray) -> StoredRows:
         """Some of the rows, none of which is read yet.
