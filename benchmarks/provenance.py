@@ -88,6 +88,11 @@ TABLES = {
     "shadow_overhead": Table("shadow_overhead", ("run", "step", "standard error", "for the shadow", "bound")),
     "pass_cost": Table("pass_cost", ("model", "rows", "ratio", "±", "plain again", "bytes per example")),
     "row_norms": Table("row_norms", ("model", "learning rate", "batch", "raw", "corrected")),
+    "row_formats": Table(
+        "row_formats",
+        ("testbed", "rows", "recipe", "bytes per row", "cosine", "Pearson", "Spearman", "same of top 10", "LDS"),
+        keep=lambda row: row["rows"] != "float32",
+    ),
     "retrieval": Table(
         "retrieval", ("rows", "queries", "scan / raw", "both ends / raw", "speedup, source of 10 %", "both ends equal")
     ),

@@ -58,11 +58,11 @@ def examples(run: Trained) -> Examples:
     return Examples(list(run.train[0]), _losses, ids=run.ids, fisher=_drawn, batch_size=64)
 
 
-def trained(seed: int, cache: Path) -> Trained:
+def trained(seed: int, cache: Path, dtype: str = "float16") -> Trained:
     """The recorded training, run unless the folder holds it."""
     ledger, net = cache / f"{CONFIG}-{seed}-{prose.fingerprint()}", model(seed)
     if not (ledger / "done").exists():
-        _trainer(net, seed, ledger).train()
+        _trainer(net, seed, ledger, dtype).train()
         (ledger / "done").touch()
     train, test = prose.codes()
     weights = Ledger(ledger).stage(STAGE).snapshot("end")
@@ -85,7 +85,7 @@ def _halves(count: int) -> Truth:
     return Truth(masks, values)
 
 
-def _trainer(net: nn.Module, seed: int, ledger: Path) -> Any:
+def _trainer(net: nn.Module, seed: int, ledger: Path, dtype: str) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
@@ -99,9 +99,8 @@ def _trainer(net: nn.Module, seed: int, ledger: Path) -> Any:
         seed=seed, data_seed=seed, use_cpu=True, dataloader_pin_memory=False, report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    callback = AttributionCallback(
-        ledger, stage=STAGE, sketch=SketchConfig(rank=RANK), snapshots=SNAPSHOTS, strict=True
-    )
+    sketch = SketchConfig(rank=RANK, dtype=dtype)
+    callback = AttributionCallback(ledger, stage=STAGE, sketch=sketch, snapshots=SNAPSHOTS, strict=True)
     trainer = Trainer(
         model=net, args=arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[callback],
         optimizers=optimizing(net, EPOCHS * (len(codes) // BATCH)),

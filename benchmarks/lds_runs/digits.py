@@ -40,7 +40,7 @@ def behavior() -> Behavior:
     return Behavior("margin", items, _measure, queries, batch_size=TEST, unit="logits")
 
 
-def trained(config: str, seed: int, cache: Path) -> Trained:
+def trained(config: str, seed: int, cache: Path, dtype: str = "float16") -> Trained:
     """The recorded training, run unless the folder holds it."""
     setup, (known, asked) = CONFIGS[config], data()
     ledger, ids = cache / f"digits-{config}-{seed}", [f"digit-{i:04d}" for i in range(TRAIN)]
@@ -48,7 +48,7 @@ def trained(config: str, seed: int, cache: Path) -> Trained:
     if not (ledger / "done").exists():
         optimizer = setup.optimizer(model.parameters())
         with Recorder(
-            ledger, stage=STAGE, model=model, optimizer=optimizer, sketch=SketchConfig(rank=RANK),
+            ledger, stage=STAGE, model=model, optimizer=optimizer, sketch=SketchConfig(rank=RANK, dtype=dtype),
             snapshots=SNAPSHOTS, total_steps=len(orders(seed)), strict=True,
         ) as recorder:  # fmt: skip
             train(model, optimizer, known, seed, lambda rows: recorder.batch(ids=[ids[i] for i in rows]))
