@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from trainer_attrib.analysis.behavior import Behavior
-from trainer_attrib.errors import EvaluationError
+from trainer_attrib.errors import CorruptPartError, EvaluationError
 from trainer_attrib.evaluation.estimates import same_length
 from trainer_attrib.execution.choice import runner_of
 from trainer_attrib.execution.runner import Runner
@@ -150,7 +149,7 @@ class Retrained:
             found = load_tensors(self._storage, name)
             values_Q, subset_N = found["values"].numpy(), found["subset"].numpy().astype(bool)
             whole = values_Q.shape == (self.queries,) and np.array_equal(subset_N, mask_N)
-        except (SafetensorError, KeyError):
+        except (CorruptPartError, KeyError):
             whole, values_Q = False, np.empty(0)
         if not whole:
             raise EvaluationError(
