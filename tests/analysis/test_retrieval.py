@@ -265,3 +265,21 @@ def test_a_page_shows_the_groups(analyzer, tmp_path):
     page = analyzer.influence([margins()], keep=3).report(tmp_path / "page.html").read_text()
     assert "Influence of steps" in page
     assert "14 to 16" in page  # four ranges of steps 5 to 16: the rows of the first four are raw
+
+
+def test_sums_of_several_parts_are_those_of_each(analyzer, monkeypatch):
+    """Answers as large as parts are of several parts of a long ledger."""
+    expected, tasks = analyzer.influence([margins()], ["first"], "fisher", controls=()), []
+
+    def counted(work, asked):
+        tasks.append([len(task[1]) if isinstance(task, tuple) else None for task in asked])  # None: of queries
+        return map(work, asked)
+
+    monkeypatch.setattr(analyzer.runner, "map", counted)
+    stage = analyzer.lineage[0]
+    few = stage.row_parts()
+    monkeypatch.setattr(stage, "row_parts", lambda: few * 8)  # 128 parts: every row eight times
+    found = analyzer.influence([margins()], ["first"], "fisher", controls=())
+    assert [2] * 64 in tasks
+    assert [1] * 128 in tasks
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)

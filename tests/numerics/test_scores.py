@@ -34,7 +34,7 @@ def test_dot_is_the_negative_inner_product() -> None:
 @settings(deadline=None, max_examples=40)
 def test_cosine_is_bounded_and_ignores_lengths(seed: int, length: float) -> None:
     queries, rows = _data(seed)
-    unit, norms = unit_rows(rows)
+    unit, _ = unit_rows(rows)
     scores = descent(queries) @ unit.T
     assert float(scores.abs().max()) <= 1 + 1e-5
     assert torch.allclose(descent(queries * length) @ unit.T, scores, atol=1e-5)
@@ -43,7 +43,7 @@ def test_cosine_is_bounded_and_ignores_lengths(seed: int, length: float) -> None
 def test_zero_sides_score_zero() -> None:
     queries, rows = _data(1)
     rows[2], queries[0] = 0, 0
-    unit, norms = unit_rows(rows)
+    unit, _ = unit_rows(rows)
     scores = descent(queries) @ unit.T
     assert not scores[:, 2].any()
     assert not scores[0].any()

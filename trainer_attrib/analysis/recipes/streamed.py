@@ -151,9 +151,13 @@ class _OnParts(Generic[Answer]):
     rows: Comparable
     work: Callable[[Comparable, Sequence[Part], int], Answer]
 
-    def __call__(self, numbered: tuple[int, RowPart]) -> tuple[Answer, Tally]:
-        number, part = numbered
-        parts, tally = self.rows.of(part)
+    def __call__(self, task: tuple[int, Sequence[RowPart]]) -> tuple[Answer, Tally]:
+        number, places = task
+        parts, tally = list[Part](), Tally()
+        for place in places:
+            found, counted = self.rows.of(place)
+            parts += found
+            tally.add(counted)
         return self.work(self.rows, parts, number), tally
 
 
@@ -172,6 +176,8 @@ class StreamedStage:
         work: Callable[[Comparable, Sequence[Part], int], Answer],
         title: str,
         where: Where | None = None,
+        *,
+        large: bool = False,
     ) -> Iterator[Answer]:
         """Answers about the parts of the ledger, in order.
 
@@ -179,11 +185,15 @@ class StreamedStage:
             work: of the rows, those of one part, which may be none, and the part's number. It may run elsewhere.
             title: for the progress bar.
             where: conditions that rows must meet.
+            large: answers are about as large as parts, so that up to 16 parts of a long ledger have one answer. How
+                many depends on the ledger alone, as sums must.
         """
         self.tally = Tally()
-        parts = list(enumerate(self.reader.row_parts()))
+        parts = self.reader.row_parts()
+        size = max(1, min(16, len(parts) // 64)) if large else 1
+        tasks = [(number, parts[first : first + size]) for number, first in enumerate(range(0, len(parts), size))]
         asked = _OnParts(Comparable(self.reader, self.keep, self.scale_free, where), work)
-        for answer, tally in progress(self.runner.map(asked, parts), f"{title} {self.reader.name}", len(parts)):
+        for answer, tally in progress(self.runner.map(asked, tasks), f"{title} {self.reader.name}", len(tasks)):
             self.tally.add(tally)
             yield answer
 

@@ -92,7 +92,7 @@ class TrackStar:
 def training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMoments, int]:
     """Second moments of the rows, and the last second-moment version among them."""
     moments, last = SecondMoments(spans), 0
-    for found, version in stage.map(AccumulatePart(spans), "curvature of"):
+    for found, version in stage.map(AccumulatePart(spans), "curvature of", large=True):
         moments.merge(found)
         last = max(last, version)
     return moments, last
@@ -100,7 +100,7 @@ def training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMo
 
 @dataclass(frozen=True)
 class AccumulatePart:
-    """Sums over the rows of one part, and the last second-moment version among them.
+    """Sums over the rows of a part, or of a few, and the last second-moment version among them.
 
     Args:
         spans: the columns of each block.

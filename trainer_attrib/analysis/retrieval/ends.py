@@ -53,7 +53,7 @@ class Plan:
         last: part of each, [N].
     """
 
-    ids: pa.StringArray
+    ids: pa.LargeStringArray
     counts: np.ndarray
     last_steps: np.ndarray
     numbers: list[np.ndarray]
@@ -64,7 +64,7 @@ class Plan:
     def of(parts: Iterable[PartVisits]) -> Plan:
         """Of all parts, in the order in which they will be scored."""
         seen = list(parts)
-        ids, at_all = _encoded([part.ids for part in seen])
+        ids, at_all = _encoded([pa.array([], pa.string()), *(part.ids for part in seen)])
         numbers = np.split(at_all, np.cumsum([len(part.ids) for part in seen])[:-1]) if seen else []
         counts, last_steps = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
         first, last = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
@@ -110,9 +110,10 @@ class Plan:
         return [slice(at, min(at + size, queries)) for at in range(0, queries, size)]
 
 
-def _encoded(ids: Sequence[pa.StringArray]) -> tuple[pa.StringArray, np.ndarray]:
+def _encoded(ids: Sequence[pa.Array]) -> tuple[pa.LargeStringArray, np.ndarray]:
     """Different ids in the order in which they first appear, and which of them each is."""
-    encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode()
+    whole = pa.concat_arrays([part.cast(pa.large_string()) for part in ids])  # strings of 32 bits end at 2 GB of them
+    encoded = whole.dictionary_encode()
     return encoded.dictionary, encoded.indices.to_numpy(zero_copy_only=False)
 
 

@@ -43,7 +43,7 @@ class PartVisits:
     last_steps: np.ndarray
 
 
-def named(ids: pa.StringArray, places: np.ndarray) -> np.ndarray:
+def named(ids: pa.Array, places: np.ndarray) -> np.ndarray:
     """Some ids, as strings that numpy sorts."""
     return np.array(ids.take(pa.array(places)).to_pylist(), dtype=str)
 
