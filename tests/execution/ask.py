@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def answers(ledger: str, weights: str, runner: str | Runner, scratch: str) -> di
     passed = analyzer.influence([behavior], ["third"], "grad_dot", data=data, source=Snapshots(("end",)))
     found["pass"] = passed.scores
     programs = {stage: lambda m, stage=stage: lambda: train(m, stage) for stage in STAGES}
-    effects = analyzer.stage_effects([behavior], ["subtract", "retrain"], programs)
+    effects = analyzer.stage_effects([replace(behavior, batch_size=2)], ["subtract", "retrain"], programs)
     found["effects"] = np.array([row.effect for row in effects.rows])
     found["retrained"] = _retrained(analyzer, scratch)
     return {name: np.ascontiguousarray(values) for name, values in found.items()}

@@ -57,8 +57,12 @@ class Behavior:
 
     def values(self, model: nn.Module) -> Tensor:
         """The behavior of a model: one value per query, float64 [Q] on the CPU. The model is left as it was."""
+        return torch.cat([self.batch_values(model, first) for first in self.batches()])
+
+    def batch_values(self, model: nn.Module, first: int) -> Tensor:
+        """Those of the batch that begins with this query."""
         with _evaluating(model), torch.no_grad():
-            return torch.cat([self.values_from(model, first) for first in self.batches()]).double().cpu()
+            return self.values_from(model, first).double().cpu()
 
     def value_of(self, model: nn.Module, query: int) -> Tensor:
         """One query's value, 0-dim, with its gradient. The caller puts the model in evaluation mode."""

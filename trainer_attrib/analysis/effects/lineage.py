@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from trainer_attrib.analysis.behavior import Behavior
@@ -37,12 +38,18 @@ class Lineage:
     def measure(self, state: TrainingState) -> Values:
         """Every behavior with these weights and buffers."""
         with standing(self.model, state):
-            return [behavior.values(self.model) for behavior in self.behaviors]
+            return self._measured()
 
     def measure_moved(self, displacement: Displacement) -> Values:
         """Every behavior with the final weights moved; buffers stay as they are."""
         with moved(self.model, displacement):
-            return [behavior.values(self.model) for behavior in self.behaviors]
+            return self._measured()
+
+    def _measured(self) -> Values:
+        """Every behavior as the model stands now, batch by batch."""
+        tasks = [(number, first) for number, behavior in enumerate(self.behaviors) for first in behavior.batches()]
+        found = self.runner.map(_Measured(self.model, self.behaviors), tasks)
+        return [torch.cat([next(found) for _ in behavior.batches()]) for behavior in self.behaviors]
 
     @cached_property
     def final(self) -> Values:
@@ -96,6 +103,18 @@ class Lineage:
 
     def _index(self, stage: StageReader) -> int:
         return [s.name for s in self.stages].index(stage.name)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Values of one batch of one behavior, by its number and first query."""
+
+    model: nn.Module
+    behaviors: Sequence[Behavior]
+
+    def __call__(self, batch: tuple[int, int]) -> Tensor:
+        number, first = batch
+        return self.behaviors[number].batch_values(self.model, first)
 
 
 def chosen_stages(stages: Sequence[StageReader], names: Sequence[str] | None) -> list[StageReader]:
