@@ -50,11 +50,11 @@ def grown(folder: Path, rows: int) -> None:
     writer.close()
 
 
-def scanned(folder: Path, queries: int, recipe: str, processes: int = 1) -> dict[str, float]:
+def scanned(folder: Path, queries: int, processes: int = 1) -> dict[str, Any]:
     """One scan by new processes; what the first one says of itself."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
     runner = "torchrun" if processes > 1 else "serial"
-    command = [sys.executable, *launcher, str(SCAN), str(folder), str(queries), recipe, runner, str(KEEP)]
+    command = [sys.executable, *launcher, str(SCAN), str(folder), str(queries), "grad_cos", runner, str(KEEP)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
@@ -68,22 +68,19 @@ def main() -> None:
         subprocess.run([sys.executable, str(SCAN), str(folder), "0", "record", "serial", "0"], check=True)
         for size in sizes:
             grown(folder, size)
-            # whitening multiplies every row by a matrix of 4096 x 4096 here, where weights have blocks of 256 x 256
-            for recipe in ("grad_cos", "trackstar") if size <= 100_000 else ("grad_cos",):
-                one = [scanned(folder, 16, recipe) for _ in range(repeats)]
-                two = [scanned(folder, 16, recipe, 2) for _ in range(repeats)]
-                cpu, wall, peak = (median(found[key] for found in one) for key in ("cpu", "wall", "peak"))
-                rows.append(
-                    {
-                        "rows": size, "recipe": recipe, "GB": size * WIDTH * 2 / 1e9,
-                        "CPU s per GB": cpu / (size * WIDTH * 2 / 1e9), "over bare products": cpu / one[0]["raw"],
-                        "peak MB": peak / 1e6, "of which before": one[0]["before"] / 1e6,
-                        "speedup, 2 processes": wall / median(found["wall"] for found in two),
-                        "same answer": float(one[0]["answer"] == two[0]["answer"]),
-                    }
-                )  # fmt: skip
-                print(rows[-1], flush=True)
-    before, last = (next(r for r in rows if (r["rows"], r["recipe"]) == (size, "grad_cos")) for size in sizes[-2:])
+            one = [scanned(folder, 16) for _ in range(repeats)]
+            two = [scanned(folder, 16, 2) for _ in range(repeats)]
+            cpu, wall, peak, bare = (median(found[key] for found in one) for key in ("cpu", "wall", "peak", "raw"))
+            gigabytes = size * WIDTH * 2 / 1e9
+            rows.append(
+                {
+                    "rows": size, "GB": gigabytes, "CPU s per GB": cpu / gigabytes, "over bare products": cpu / bare,
+                    "peak MB": peak / 1e6, "of which before": one[0]["before"] / 1e6,
+                    "speedup, 2 processes": wall / median(found["wall"] for found in two),
+                    "same answer": float(one[0]["answer"] == two[0]["answer"]),
+                }
+            )  # fmt: skip
+    before, last = rows[-2:]
     grows, slope = (last[key] / before[key] for key in ("peak MB", "CPU s per GB"))
     checks = {
         "peak memory, largest over tenth of it": report.check(grows, 1.5),

@@ -59,7 +59,7 @@ class Ray:
 
     def _some(self, wanted: int) -> list[Any]:
         """Actors, which stay: a new one has to import all of torch first."""
-        actor = self._ray.remote(num_cpus=1)(_Actor)
+        actor = self._ray.remote(_Actor)  # takes a processor to be placed, none to stay: two runners may be there
         self._actors += [actor.remote() for _ in range(len(self._actors), min(self.workers, wanted))]
         return self._actors
 

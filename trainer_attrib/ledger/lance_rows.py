@@ -6,6 +6,7 @@ have, and everything else that is known of the stage, stays in the ledger.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -78,7 +79,7 @@ class LanceReader(StageReader):
         """The table's fragments."""
         return [RowPart({"fragment": n, "rows": f.count_rows()}) for n, f in enumerate(self._fragments)]
 
-    def row_block(self, part: RowPart) -> RowBlock:
+    def row_block(self, part: RowPart, columns: Collection[str] | None = None) -> RowBlock:
         """The rows of one fragment."""
         fragment, codec = self._fragments[part.entry["fragment"]], self.codec(self.meta["sketch"]["dtype"])
         records = LanceRecords(fragment, codec.record, part.entry["rows"])

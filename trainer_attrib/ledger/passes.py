@@ -144,8 +144,8 @@ class PassReader(StageReader):
         """Rows of every example, once for each snapshot; their step is the snapshot's."""
         return [part for made in self._made for part in made.parts()]
 
-    def row_block(self, part: RowPart) -> RowBlock:
-        """The rows of one part of one pass."""
+    def row_block(self, part: RowPart, columns: Collection[str] | None = None) -> RowBlock:
+        """The rows of one part of one pass; see :meth:`StageReader.row_block`. All columns are there."""
         return next(made for made in self._made if made.snapshot == part.snapshot).block(part)
 
     def examples(self, columns: Sequence[str] = ("example", "source", "text")) -> pa.Table:

@@ -88,21 +88,20 @@ class StageTables(StageTensors):
         """Of all parts; some columns, or those of them that an earlier version wrote."""
         tables = []
         for part in self.parts():
-            table = self._kind(part, kind)
-            if columns is not None:
-                table = table.select([name for name in table.column_names if name in columns])
+            table = self._kind(part, kind, columns)
             if part["until"] is not None and "step" in table.column_names:
                 table = table.take(np.flatnonzero(table["step"].to_numpy() <= part["until"]))
             tables.append(table)
         return pa.concat_tables(tables) if tables else schema.empty_table()
 
-    def _kind(self, part: dict[str, Any], kind: str) -> pa.Table:
-        return self._table(part, part_files(part, kind, 1)[0])
+    def _kind(self, part: dict[str, Any], kind: str, columns: Collection[str] | None = None) -> pa.Table:
+        return self._table(part, part_files(part, kind, 1)[0], columns)
 
-    def _table(self, part: dict[str, Any], name: str) -> pa.Table:
+    def _table(self, part: dict[str, Any], name: str, columns: Collection[str] | None = None) -> pa.Table:
         kind = name.partition("/")[0]
         rows = None if kind == "steps" else part[kind]  # which counts executed ones only
-        return read_table(self._storage, f"{self._folder}/{name}", part["files"][name], _SCHEMAS[kind], rows)
+        entry = part["files"][name]
+        return read_table(self._storage, f"{self._folder}/{name}", entry, _SCHEMAS[kind], rows, columns)
 
     def _check_length(self, part: dict[str, Any], name: str) -> None:
         size, sealed = self._storage.size(f"{self._folder}/{name}"), part["files"][name]["bytes"]

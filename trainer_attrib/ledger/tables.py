@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,12 @@ NEVER_NULL = frozenset({"example", "step", "norm", "complete"})
 
 
 def read_table(
-    storage: Storage, name: str, entry: Mapping[str, Any] | None, schema: pa.Schema | None, rows: int | None = None
+    storage: Storage,
+    name: str,
+    entry: Mapping[str, Any] | None,
+    schema: pa.Schema | None,
+    rows: int | None = None,
+    columns: Collection[str] | None = None,
 ) -> pa.Table:
     """A Parquet file of a ledger.
 
@@ -31,6 +36,7 @@ def read_table(
         entry: length and checksum with which it was sealed; None where there are none.
         schema: columns that it must have, of these types; None for any.
         rows: how many it must have, if that is known.
+        columns: of the schema, the only ones that are read; None: all.
 
     Raises:
         LedgerNotFoundError: there is no such file.
@@ -42,10 +48,12 @@ def read_table(
     if entry is not None and digest(data) != entry["blake2b"]:
         raise corrupt(storage, name, "it has another checksum than when it was sealed")
     try:
-        table = _parsed(data, rows)
+        table = _parsed(data, rows, columns)
     except (pa.ArrowException, OSError, MemoryError, ValueError, OverflowError) as error:
         raise corrupt(storage, name, f"Parquet says: {str(error)[:200]}") from None
     for field in schema or ():
+        if columns is not None and field.name not in columns:
+            continue
         if table.schema.get_field_index(field.name) < 0:
             raise corrupt(storage, name, f"it has no column '{field.name}', or several")
         column = table.column(field.name)
@@ -72,7 +80,7 @@ def _are_steps(numbers: np.ndarray) -> bool:
     return not len(numbers) or bool(0 <= numbers.min() <= numbers.max() <= MOST_STEPS)
 
 
-def _parsed(data: bytes, rows: int | None) -> pa.Table:
+def _parsed(data: bytes, rows: int | None, columns: Collection[str] | None) -> pa.Table:
     """The table, if what it says of itself is what is known of it."""
     file = pq.ParquetFile(io.BytesIO(data))
     about = file.metadata
@@ -81,6 +89,7 @@ def _parsed(data: bytes, rows: int | None) -> pa.Table:
     unpacked = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
     if not 0 <= unpacked <= MOST_UNPACKED + 100 * len(data) or about.num_rows > MOST_UNPACKED:
         raise ValueError(f"{unpacked} bytes and {about.num_rows} rows would be unpacked from {len(data)} bytes")
-    table = file.read(use_threads=False)  # of some hundred kilobytes
+    known = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
+    table = file.read(known, use_threads=False)  # of some hundred kilobytes
     table.validate(full=True)
     return table

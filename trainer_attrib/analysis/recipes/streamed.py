@@ -21,6 +21,7 @@ from trainer_attrib.progress import progress
 
 Answer = TypeVar("Answer")
 
+_COMPARED = ("example", "step", "norm", "denominator", "version", "complete")  # half of a row's columns
 CHUNK_BYTES = 4 << 20  # of float32 rows at a time: what a cache holds is multiplied before it leaves it
 
 
@@ -111,7 +112,7 @@ class Comparable:
 
     def of(self, part: RowPart) -> tuple[list[Part], Tally]:
         """Those of one part of the ledger, by version; their sketches are not read yet."""
-        block, tally = self.reader.row_block(part), Tally()
+        block, tally = self.reader.row_block(part, _COMPARED), Tally()
         versions, complete = block.table["version"].to_numpy(), block.table["complete"].to_numpy()
         wanted = np.ones(len(versions), bool) if self._passes is None else self._passes(block.table)
         tally.skip("some layers did not fire", int((wanted & ~complete).sum()))
