@@ -96,6 +96,12 @@ TABLES = {
     "retrieval": Table(
         "retrieval", ("rows", "queries", "scan / raw", "both ends / raw", "speedup, source of 10 %", "both ends equal")
     ),
+    "import_cost": Table("import_cost", ("statement", "seconds over torch", "of torch")),
+    "scale": Table(
+        "scale",
+        ("rows", "GB", "CPU s per GB", "over bare products", "peak MB", "of which before", "speedup, 2 processes",
+         "same answer"),
+    ),
     "stage_effects": Table(
         "stage_effects", ("method", "pearson", "rel. error"), "regime",
         keep=lambda row: row["method"] in METHODS and row["regime"] != "all",
