@@ -47,6 +47,7 @@ def grown(folder: Path, rows: int) -> None:
         block.rows = [{"example": name, "row": row, "complete": True, **same} for row, name in enumerate(ids)]
         block.examples = [{"example": name, "source": "web", "text": f"text of {name}"} for name in ids]
         writer.put(lambda block=block: block)
+        writer.flush()
     writer.close()
 
 

@@ -18,13 +18,14 @@ Answer = TypeVar("Answer")
 _LAUNCHED = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
 )  # fmt: skip
+_ROUND = 4  # tasks of each rank before ranks wait for each other
 
 
 class Torchrun:
     """Tasks dealt out to the ranks of a process group in turn.
 
     Every process runs the same script up to the same question. Answers travel through a group of their own on the CPU
-    (gloo), in rounds of one task per rank, so that no more than these are held.
+    (gloo), in rounds of a few tasks per rank, so that no more than these are held.
 
     Raises:
         ConfigurationError: torchrun did not start this process.
@@ -48,12 +49,13 @@ class Torchrun:
         if self._inside:
             yield from map(work, tasks)
             return
-        for first in range(0, len(tasks), self.workers):
-            mine = first + self._rank
+        for first in range(0, len(tasks), _ROUND * self.workers):
+            dealt = range(first, min(first + _ROUND * self.workers, len(tasks)))
             with self._alone():
-                outcome = Outcome.of(work, tasks[mine]) if mine < len(tasks) else Outcome[Answer]()
-            for found in self._exchanged(outcome)[: len(tasks) - first]:
-                yield found.get()
+                mine = [Outcome.of(work, tasks[number]) for number in dealt[self._rank :: self.workers]]
+            found = self._exchanged(mine)
+            for place in range(len(dealt)):
+                yield found[place % self.workers][place // self.workers].get()
 
     def once(self, work: Callable[[], Answer]) -> Answer:
         """See :meth:`trainer_attrib.execution.runner.Runner.once`; by rank 0."""
@@ -61,9 +63,9 @@ class Torchrun:
             return work()
         return next(self.map(lambda _: work(), [0]))
 
-    def _exchanged(self, outcome: Outcome[Answer]) -> list[Outcome[Answer]]:
+    def _exchanged(self, mine: list[Outcome[Answer]]) -> list[list[Outcome[Answer]]]:
         found: list[Any] = [None] * self.workers
-        dist.all_gather_object(found, outcome, group=self._group)
+        dist.all_gather_object(found, mine, group=self._group)
         return found
 
     @contextmanager

@@ -102,12 +102,14 @@ class Comparable:
         reader: of the stage.
         keep: 1 for the columns that are compared, [K].
         scale_free: whether raw rows, from before the stage's first second moments, can be compared with the others.
+        rates: learning rates by step number.
         where: conditions that rows must meet.
     """
 
     reader: StageReader
     keep: Tensor
     scale_free: bool
+    rates: np.ndarray
     where: Where | None = None
 
     def of(self, part: RowPart) -> tuple[list[Part], Tally]:
@@ -128,7 +130,7 @@ class Comparable:
                 tally.skip("raw rows from before the first second-moment version", len(at))
                 continue
             tally.raw += raw * len(at)
-            yield Part(block, at, int(version), self._rates, self.keep)
+            yield Part(block, at, int(version), self.rates, self.keep)
 
     @cached_property
     def sources(self) -> dict[str, str | None]:
@@ -138,11 +140,6 @@ class Comparable:
     @cached_property
     def _passes(self) -> Callable[[pa.Table], np.ndarray] | None:
         return None if self.where is None else self.where.of_stage(lambda: self.sources)
-
-    @cached_property
-    def _rates(self) -> np.ndarray:
-        """Learning rates by step number."""
-        return _rates(self.reader)
 
 
 @dataclass(frozen=True)
@@ -193,15 +190,22 @@ class StreamedStage:
         parts = self.reader.row_parts()
         size = max(1, min(16, len(parts) // 64)) if large else 1
         tasks = [(number, parts[first : first + size]) for number, first in enumerate(range(0, len(parts), size))]
-        asked = _OnParts(Comparable(self.reader, self.keep, self.scale_free, where), work)
+        asked = _OnParts(self._compared(where), work)
         for answer, tally in progress(self.runner.map(asked, tasks), f"{title} {self.reader.name}", len(tasks)):
             self.tally.add(tally)
             yield answer
 
+    def _compared(self, where: Where | None) -> Comparable:
+        return Comparable(self.reader, self.keep, self.scale_free, self._rates, where)
+
+    @cached_property
+    def _rates(self) -> np.ndarray:
+        return _rates(self.reader)
+
     def stream(self, title: str, where: Where | None = None) -> Iterator[tuple[pa.Table, Rows]]:
         """Rows of one version, a few at a time, with their table; read here."""
         self.tally = Tally()
-        rows = Comparable(self.reader, self.keep, self.scale_free, where)
+        rows = self._compared(where)
         for place in progress(self.reader.row_parts(), f"{title} {self.reader.name}"):
             parts, tally = rows.of(place)
             self.tally.add(tally)
