@@ -49,11 +49,15 @@ class MissingExtraError(TrainerAttribError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, module: str, extra: str) -> None:
+        self._told = module, extra
         super().__init__(
             f"'{module}' is not installed.",
             cause=f"it belongs to the optional extra '{extra}'.",
             fix=f"pip install 'trainer-attrib[{extra}]'",
         )
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return MissingExtraError, self._told  # exceptions travel between processes by what made them
 
 
 class LedgerError(TrainerAttribError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from tests.analysis.stages import three_stages
 from tests.execution.ask import answers
 from tests.processes.conftest import launch  # noqa: F401  a fixture
-from trainer_attrib.errors import BehaviorError, ConfigurationError, ExecutionError
+from trainer_attrib.errors import BehaviorError, ConfigurationError, ExecutionError, MissingExtraError
 from trainer_attrib.execution.choice import runner_of
 from trainer_attrib.execution.outcome import Outcome
 from trainer_attrib.execution.runner import Serial
@@ -90,6 +91,13 @@ def test_a_fault_travels_as_itself_if_it_is_ours_and_as_text_if_it_is_not():
         Outcome.of(fail, KeyError("x")).get()
     assert "runner='serial'" in str(found.value)
     assert Outcome.of(lambda task: task, None).get() is None
+
+
+@pytest.mark.parametrize("fault", [MissingExtraError("ray", "ray"), BehaviorError("no queries", cause="a", fix="b")])
+def test_faults_are_the_same_in_the_process_that_hears_of_them(fault):
+    heard = copy.deepcopy(fault)  # by what a process would send
+    assert type(heard) is type(fault)
+    assert str(heard) == str(fault)
 
 
 def test_a_runner_that_cannot_be_is_refused(monkeypatch):
