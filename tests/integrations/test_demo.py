@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,13 +90,13 @@ def test_the_report_is_one_small_file(demo):
 
 
 @pytest.mark.slow
-def test_the_command_line_reads_what_the_demo_wrote(demo, capsys):
-    ledger = str(demo[0] / "ledger")
+def test_the_command_line_reads_what_the_demo_wrote(demo, capsys, tmp_path):
+    ledger = str(shutil.copytree(demo[0] / "ledger", tmp_path / "ledger"))  # damaged below; others look at the demo's
     assert main(["inspect", ledger]) == 0
     assert "sft  complete" in capsys.readouterr().out
     assert main(["verify", ledger, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
-    part = next((demo[0] / "ledger" / "stages" / "sft" / "rows").glob("*.f16"))
+    part = next((tmp_path / "ledger" / "stages" / "sft" / "rows").glob("*.f16"))
     part.write_bytes(part.read_bytes()[:-2])
     assert main(["verify", ledger]) == 1
     assert part.name in capsys.readouterr().out
