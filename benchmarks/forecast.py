@@ -10,6 +10,8 @@ the first. A plot of the points. Who does it, plans, and what forecasts cost: fo
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -25,25 +27,46 @@ from forecast_runs.training import RATES, taught
 
 BASELINES = ("counts", "projection")
 TARGETS = {"lazy": 0.95, "moderate": 0.95, "strong": 0.85}
+COLUMNS = ("seed", "regime", "data set", "behavior", "actual", "forecast", "error bar")
+_taught = functools.lru_cache(maxsize=1)(taught)
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "forecast.png"
 
 
 def main() -> None:
-    options = report.parser((__doc__ or "").splitlines()[0]).parse_args()
+    """All seeds and learning rates, or one part of them."""
+    arguments = report.parser((__doc__ or "").splitlines()[0])
+    arguments.add_argument("--points", type=Path, help="folder that keeps the points of each seed and rate")
+    arguments.add_argument("--only", nargs=2, metavar=("SEED", "RATE"), help="compute these points alone, to be kept")
+    options = arguments.parse_args()
     seeds = options.seeds or (1 if options.quick else 3)
     quiet()
-    found: list[Point] = []
-    for seed in range(seeds):
-        base, tokenizer = taught(seed, 2000 if options.quick else 4000)
-        found += points(base, tokenizer, seed, options.quick)
-        print(f"seed {seed}: forecasts done", flush=True)
+    parts = [(seed, regime) for seed in range(seeds) for regime in RATES]
+    if options.only:
+        parts = [(int(options.only[0]), options.only[1])]
+    found = [point for seed, regime in parts for point in part(seed, regime, options.points, options.quick)]
+    if options.only:
+        return
     rows = [_row(regime, name, found) for regime in RATES for name in (*METHODS, "frozen, 25 %", "another order")]
     report.publish(
         "forecast", rows, checks(found), quick=options.quick, notes=notes(found, seeds),
-        details={"points": [vars(point) for point in found]},
+        details={"points": [COLUMNS, *map(_cells, found)]},
     )  # fmt: skip
     if not options.quick:
         plot(found)
+
+
+def part(seed: int, regime: str, folder: Path | None, quick: bool) -> list[Point]:
+    """The points of one seed and learning rate, from the folder if they are there."""
+    file = folder / f"{seed}-{regime}{'-quick' if quick else ''}.json" if folder else None
+    if file and file.exists():
+        return [Point(**row) for row in json.loads(file.read_text())]
+    base, tokenizer = _taught(seed, 2000 if quick else 4000)
+    found = points(base, tokenizer, seed, regime, quick)
+    print(f"seed {seed}, {regime}: done", flush=True)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([vars(point) for point in found]))
+    return found
 
 
 def r_squared(predicted: np.ndarray, actual: np.ndarray) -> float:
@@ -81,6 +104,12 @@ def _row(regime: str, name: str, found: list[Point]) -> dict[str, Any]:
         "sign": round(float((np.sign(predicted) == np.sign(actual))[large].mean()), 3) if large.any() else "",
         "within bar": "" if np.isnan(held).any() else round(float(held.mean()), 2),
     }  # fmt: skip
+
+
+def _cells(point: Point) -> tuple[Any, ...]:
+    """A point and what the default says of it, as ``COLUMNS``."""
+    numbers = (point.actual, point.predicted["frozen"], point.bars["frozen"])
+    return (point.seed, point.regime, point.dataset, point.behavior, *(round(number, 5) for number in numbers))
 
 
 def checks(found: list[Point]) -> dict[str, Any]:

@@ -56,8 +56,16 @@ def publish(
         RESULTS.mkdir(exist_ok=True)
         command = " ".join(["python", f"benchmarks/{name}.py", *map(_anywhere, sys.argv[1:])])
         data = {"environment": _environment(), "command": command, "rows": rows, "notes": [*notes], "checks": checks}
-        data |= details or {}
-        (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        (RESULTS / f"{name}.json").write_text(_text(data, details or {}))
+
+
+def _text(data: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    """JSON with the items of a detail on a line each: there may be thousands."""
+    told = json.dumps(data, indent=1).removesuffix("\n}")
+    for name, value in details.items():
+        lines = [f"  {json.dumps(item)}" for item in value] if isinstance(value, list) else []
+        told += f",\n {json.dumps(name)}: " + ("[\n" + ",\n".join(lines) + "\n ]" if lines else json.dumps(value))
+    return told + "\n}\n"
 
 
 def _anywhere(argument: str) -> str:
