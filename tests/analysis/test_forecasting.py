@@ -206,6 +206,24 @@ def test_contributions_add_up_to_the_straight_line() -> None:
         assert told.to_table().num_rows == 72
 
 
+def test_contributions_along_the_path_add_up_to_the_measured_change() -> None:
+    """A behavior of degree 4 along the way: two points are exact, the first slope is not."""
+    bent = Behavior("bent", list(examples(7, 9)), lambda model, items: model(torch.stack(items))[:, 0] ** 4)
+    for make in (adamw, sgd):
+        run = run_of(make, curved)
+        before = {name: p.detach().clone() for name, p in parameters_by_name(run.steps.model).items()}
+        found = forecast(run, [second_output(), bent], "warm")
+        told, first = found.contributions(along="path"), found.contributions()
+        for behavior in ("second output", "bent"):
+            assert told.of(behavior).sum() == pytest.approx(found.of(behavior).predicted, rel=1e-6, abs=1e-9)
+        assert abs(first.of("bent").sum() - found.of("bent").predicted) > 0.1 * abs(found.of("bent").predicted)
+        np.testing.assert_allclose(told.of("second output"), first.of("second output"), rtol=1e-9)
+        assert "measured prediction" in told.caveats[0]
+        assert all(torch.equal(p, before[name]) for name, p in parameters_by_name(run.steps.model).items())
+    with pytest.raises(ConfigurationError, match="along"):
+        found.contributions(along="way")  # type: ignore[arg-type]
+
+
 def test_contributions_of_examples_that_a_part_of_the_batches_does_not_know() -> None:
     """A weight that only one example moves, and none of the batches that were looked at: what it adds is what it adds
     with all batches, not the learning rate over epsilon."""

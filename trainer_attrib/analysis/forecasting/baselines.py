@@ -14,7 +14,7 @@ from trainer_attrib.analysis.forecasting.features import token_states
 from trainer_attrib.analysis.forecasting.prediction import Prediction, View
 from trainer_attrib.analysis.forecasting.reading import Reading
 from trainer_attrib.analysis.forecasting.run import TrainingRow
-from trainer_attrib.analysis.rates import RateMeasure, detected
+from trainer_attrib.analysis.rates import Drawn, RateMeasure, detected
 from trainer_attrib.analysis.text import TextPair, encode_pair
 from trainer_attrib.errors import BehaviorError, ConfigurationError
 
@@ -62,18 +62,10 @@ class Projection:
                 for side in (lambda r: r.chosen, lambda r: r.rejected or "")
             )
             shift = (chosen - rejected).mean(0)
-            changes = [Reading(self._along(view, measure, shift), 0.0, "projected") for measure in measures]
-        return Prediction(changes, None, 1 / 3, scaled=False)
-
-    def _along(self, view: View, measure: RateMeasure, shift: Tensor) -> float:
-        drawn = measure.generations.of(view.model)
-        places = measure.places(drawn)
-        has = drawn.detected(measure.detector, measure.generations.prompts)[places]
-        if has.sum() == 0 or (1 - has).sum() == 0:
-            return 0.0
-        states = hidden_states(view.model, [drawn.items[place] for place in places], self.layer)
-        direction = has @ states / has.sum() - (1 - has) @ states / (1 - has).sum()
-        return float(shift @ direction / direction.square().sum().clamp(min=1e-12))
+            drawn = {one: one.of(view.model) for one in dict.fromkeys(m.generations for m in measures)}
+            said = {one: hidden_states(view.model, its.items, self.layer) for one, its in drawn.items()}
+        along = [_along(m, drawn[m.generations], said[m.generations], shift) for m in measures]
+        return Prediction([Reading(value, 0.0, "projected") for value in along], None, 1 / 3, scaled=False)
 
 
 def hidden_states(model: nn.Module, items: Sequence[TextPair], layer: int | None = None) -> Tensor:
@@ -83,6 +75,16 @@ def hidden_states(model: nn.Module, items: Sequence[TextPair], layer: int | None
         ConfigurationError: the model does not return its hidden states.
     """
     return torch.stack([states_TD.double().mean(0) for states_TD in token_states(model, items, layer)])
+
+
+def _along(measure: RateMeasure, drawn: Drawn, states_MD: Tensor, shift_D: Tensor) -> float:
+    """A shift along the direction from generations without the behavior to those with it; 0 where one kind lacks."""
+    places = measure.places(drawn)
+    has, states = drawn.detected(measure.detector, measure.generations.prompts)[places], states_MD[places]
+    if has.sum() == 0 or (1 - has).sum() == 0:
+        return 0.0
+    direction = has @ states / has.sum() - (1 - has) @ states / (1 - has).sum()
+    return float(shift_D @ direction / direction.square().sum().clamp(min=1e-12))
 
 
 def _pairs(view: View) -> Sequence[TrainingRow]:

@@ -9,26 +9,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.slopes import inner
+from trainer_attrib.analysis.forecasting.path import Along
 from trainer_attrib.analysis.forecasting.prediction import View
 from trainer_attrib.analysis.forecasting.results import Contributions
 from trainer_attrib.progress import progress
 from trainer_attrib.tap.names import parameters_by_name
 
 APART = 0.2
-"""Share by which contributions may miss the straight line of the batches before that is said."""
+"""Share by which contributions may miss what the batches say before that is said."""
+MEANING: dict[Along, str] = {
+    "start": "contributions are first-order: they add up to the linear prediction, not to the measured one",
+    "path": "contributions are averages over the way to the weights of warm: they add up to its measured prediction",
+}
+"""What contributions add up to."""
 
 
-def contributions(view: View, chosen: Sequence[int]) -> Contributions:
-    """First-order contributions of all N examples to some behaviors: minus the gradient of the example's loss, in the
-    metric of the optimizer's warm jump, times the behavior's gradient, over N (Pruthi et al. 2020, "Estimating training
-    data influence by tracing gradient descent", equation 1, with the whole run as one step). Where training clips, an
+def contributions(view: View, chosen: Sequence[int], along: Along = "start") -> Contributions:
+    """Contributions of all N examples to some behaviors: minus the gradient of the example's loss, in the metric of the
+    optimizer's warm jump, times the behavior's gradient, over N (Pruthi et al. 2020, "Estimating training data
+    influence by tracing gradient descent", equation 1, with the whole run as one step). Where training clips, an
     example counts for what is left of the steps that hold it: one with a large gradient shrinks its own step. One
     forward and backward pass of each example alone, however many behaviors.
 
     Args:
         view: inside the run's ``undisturbed()``.
         chosen: numbers of behaviors.
+        along: where behaviors' gradients are taken, see :func:`~trainer_attrib.analysis.forecasting.path.path_slopes`.
 
     Raises:
         BehaviorError: a behavior has no gradient.
@@ -36,7 +44,8 @@ def contributions(view: View, chosen: Sequence[int]) -> Contributions:
     """
     rows, gradients = view.run.rows(), view.gradients
     places = {name: place for name, place in parameters_by_name(view.model).items() if name in gradients.mean}
-    directions = _Directions.of(view, chosen, places, len(rows))
+    slopes = view.slopes(chosen, along)
+    directions = _Directions.of(view, slopes, places, len(rows))
     values, squares = np.zeros((len(chosen), len(rows))), torch.zeros(len(rows), dtype=torch.float64)
     for number in progress(range(len(rows)), "contributions"):
         found = torch.autograd.grad(view.run.example_loss(number), list(places.values()), allow_unused=True)
@@ -46,12 +55,12 @@ def contributions(view: View, chosen: Sequence[int]) -> Contributions:
         squares[number] = sum(float(gradient.double().square().sum()) for gradient in found if gradient is not None)
     values *= gradients.clipping.of_examples(squares, view.run.batch_size).numpy()
     names = tuple(view.behaviors[number].name for number in chosen)
-    caveats = ["contributions are first-order: they add up to the linear prediction, not to the measured one"]
-    for row, number in zip(values, chosen, strict=True):
-        line = float(inner(view.slope(number), gradients.warm))
+    caveats = [MEANING[along]]
+    for name, row, slope in zip(names, values, slopes, strict=True):
+        line = float(inner(slope, gradients.warm))
         if abs(row.sum() - line) > APART * abs(line):
             caveats.append(
-                f"'{view.behaviors[number].name}': contributions add up to {row.sum():+.4f}, the batches to "
+                f"'{name}': contributions add up to {row.sum():+.4f}, the batches to "
                 f"{line:+.4f}: part of them was looked at, or clipping hid more than is made up for"
             )
     return Contributions(names, tuple(rows), values, tuple(caveats))
@@ -78,18 +87,20 @@ class _Directions:
     visits: int
 
     @staticmethod
-    def of(view: View, chosen: Sequence[int], places: Mapping[str, Tensor], examples: int) -> _Directions:
-        """Of some behaviors."""
+    def of(
+        view: View, slopes: Sequence[Displacement], places: Mapping[str, Tensor], examples: int
+    ) -> _Directions:  # fmt: skip
+        """Of behaviors with these gradients."""
         found, squares = view.gradients, dict[str, Tensor]()
         metric = found.metric
         if found.share < 1 and found.epsilon is not None:
             metric = {name: torch.ones_like(value) for name, value in metric.items()}
             squares = {name: found.square[name].to(place) for name, place in places.items()}
-        slopes = {
-            name: torch.stack([view.slope(number)[name] * metric[name] for number in chosen]).to(place)
+        scaled = {
+            name: torch.stack([slope[name] * metric[name] for slope in slopes]).to(place)
             for name, place in places.items()
         }
-        return _Directions(slopes, found.rates, squares, found.epsilon or 0.0, examples * view.run.batch_size)
+        return _Directions(scaled, found.rates, squares, found.epsilon or 0.0, examples * view.run.batch_size)
 
     def dots(self, name: str, gradient: Tensor) -> Tensor:
         """Inner products of one example's gradient of a weight, in the optimizer's metric, with K slopes, float64 [K]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from trainer_attrib.analysis.behavior import Behavior
-from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.forecasting.baselines import Counts, Projection
 from trainer_attrib.analysis.forecasting.contributions import contributions
 from trainer_attrib.analysis.forecasting.features import Encoder, FeatureView, feature_view
+from trainer_attrib.analysis.forecasting.path import Along
 from trainer_attrib.analysis.forecasting.planning import Wish
 from trainer_attrib.analysis.forecasting.prediction import Prediction, Predictor, View
 from trainer_attrib.analysis.forecasting.predictors import Frozen, GradientDot, Linearised, LookAhead, Warm
@@ -42,23 +42,28 @@ class Forecast(Shifts):
     view: View | None = field(default=None, compare=False)
     predictor: Predictor | None = field(default=None, compare=False)
 
-    def contributions(self, behaviors: Sequence[str] | None = None) -> Contributions:
-        """What each example adds to the predicted change, to first order: a pass over all examples, one by one.
+    def contributions(self, behaviors: Sequence[str] | None = None, *, along: Along = "start") -> Contributions:
+        """What each example adds to the predicted change: a pass over all examples, one by one.
 
         Args:
             behaviors: names; all by default.
+            along: "start" takes the behaviors' gradients at the first weights: contributions add up to the linear
+                prediction. "path" averages them over the way to the weights that ``warm`` predicts: they add up to its
+                measured prediction. For behaviors that change much, and traits that are rare before the run.
 
         Raises:
             BehaviorError: a behavior has no gradient.
-            ConfigurationError: unknown names, or a run whose examples cannot be listed.
+            ConfigurationError: unknown names or way, or a run whose examples cannot be listed.
         """
         view = self._view()
         names = [behavior.name for behavior in view.behaviors]
         if unknown := sorted(set(behaviors or ()) - set(names)):
             raise ConfigurationError(f"No behaviors {unknown}.", fix=f"choose among {names}.")
+        if along not in get_args(Along):
+            raise ConfigurationError(f"along={along!r}", fix=f"use one of {list(get_args(Along))}.")
         chosen = [number for number, name in enumerate(names) if behaviors is None or name in behaviors]
         with view.run.undisturbed():
-            return contributions(view, chosen)
+            return contributions(view, chosen, along)
 
     def reshape(
         self,
@@ -213,8 +218,7 @@ def _rows(view: View, method: Predictor, found: Prediction, noise: Sequence[floa
 
 def _others(view: View, method: Predictor) -> list[float]:
     """What a predictor of another kind says."""
-    other: Displacement = view.gradients.moved if method.name == "warm" else view.gradients.warm
-    return [reading.change for reading in view.readings.of(other)]
+    return [reading.change for reading in (view.frozen if method.name == "warm" else view.warm)]
 
 
 def _noise(view: View) -> list[float]:

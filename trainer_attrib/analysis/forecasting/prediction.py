@@ -12,6 +12,7 @@ from torch import nn
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.forecasting.gradient_pass import GradientPass, gradient_pass
+from trainer_attrib.analysis.forecasting.path import Along, path_slopes
 from trainer_attrib.analysis.forecasting.reading import Reading, Readings, mean_gradient
 from trainer_attrib.analysis.forecasting.run import Run
 from trainer_attrib.analysis.training_state import buffers_kept, fingerprint_of
@@ -52,6 +53,7 @@ class View:
     weights: str = field(init=False)
     """Fingerprint of the weights that the run begins with."""
     _slopes: dict[int, Displacement] = field(default_factory=dict, repr=False)
+    _on_the_way: dict[int, Displacement] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.weights = fingerprint_of(self.model)
@@ -72,6 +74,16 @@ class View:
         with buffers_kept(self.model):
             return gradient_pass(self.run, self.share)
 
+    @cached_property
+    def frozen(self) -> list[Reading]:
+        """What the optimizer simulated on frozen gradients changes about every behavior."""
+        return self.readings.of(self.gradients.moved)
+
+    @cached_property
+    def warm(self) -> list[Reading]:
+        """What one warm jump changes about every behavior."""
+        return self.readings.of(self.gradients.warm)
+
     def slope(self, number: int) -> Displacement:
         """Gradient of a behavior's mean.
 
@@ -81,6 +93,19 @@ class View:
         if number not in self._slopes:
             self._slopes[number] = mean_gradient(self.model, self.behaviors[number])
         return self._slopes[number]
+
+    def slopes(self, chosen: Sequence[int], along: Along) -> list[Displacement]:
+        """Gradients of some behaviors' means, at the first weights or averaged over the way to those of ``warm``.
+
+        Raises:
+            BehaviorError: a behavior has none.
+        """
+        if along == "start":
+            return [self.slope(number) for number in chosen]
+        new = [number for number in chosen if number not in self._on_the_way]
+        found = path_slopes(self.model, [self.behaviors[number] for number in new], self.gradients.warm)
+        self._on_the_way |= dict(zip(new, found, strict=True))
+        return [self._on_the_way[number] for number in chosen]
 
 
 class Predictor(Protocol):

@@ -34,7 +34,7 @@ class Frozen:
     def predict(self, view: View) -> Prediction:
         """See :meth:`trainer_attrib.analysis.forecasting.prediction.Predictor.predict`."""
         found = view.gradients
-        return Prediction(view.readings.of(found.moved), found.moved, found.share)
+        return Prediction(view.frozen, found.moved, found.share)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Warm:
     def predict(self, view: View) -> Prediction:
         """See :meth:`trainer_attrib.analysis.forecasting.prediction.Predictor.predict`."""
         found = view.gradients
-        return Prediction(view.readings.of(found.warm), found.warm, found.share)
+        return Prediction(view.warm, found.warm, found.share)
 
 
 @dataclass(frozen=True)
