@@ -11,6 +11,7 @@ the first. A plot of the points. Who does it, plans, and what forecasts cost: fo
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 from collections import defaultdict
@@ -40,6 +41,7 @@ def main() -> None:
     options = arguments.parse_args()
     seeds = options.seeds or (1 if options.quick else 3)
     quiet()
+    gc.freeze()  # the Trainer collects garbage at every start, each time through all that was imported
     parts = [(seed, regime) for seed in range(seeds) for regime in RATES]
     if options.only:
         parts = [(int(options.only[0]), options.only[1])]

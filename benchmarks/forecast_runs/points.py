@@ -13,14 +13,32 @@ from typing import Any
 from forecast_runs.styles import datasets, generated
 from forecast_runs.training import RATES, behaviors, dpo_trainer, preference, untaught
 from trainer_attrib import Behavior
-from trainer_attrib.analysis.displacement import between
-from trainer_attrib.analysis.forecasting.reading import Readings
+from trainer_attrib.analysis.displacement import Displacement, between
+from trainer_attrib.analysis.effects.slopes import inner
+from trainer_attrib.analysis.forecasting.prediction import Prediction, View
+from trainer_attrib.analysis.forecasting.predictors import GradientDot
+from trainer_attrib.analysis.forecasting.reading import Reading, Readings
 from trainer_attrib.analysis.training_state import state_of
 from trainer_attrib.integrations.huggingface import forecast
 
 METHODS = ("frozen", "warm", "linearised", "look_ahead", "gradient", "counts", "projection")
 QUARTER, ORDER = "frozen, 25 %", "another order"
 RUN, TURNS = "the run", 3
+
+
+class SlopesKept(GradientDot):
+    """The predictor "gradient", that differentiates behaviors of one base once for all of its runs."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Displacement] = {}
+
+    def predict(self, view: View) -> Prediction:
+        """See ``GradientDot``."""
+        for number, behavior in enumerate(view.behaviors):
+            if behavior.name not in self._known:
+                self._known[behavior.name] = view.slope(number)
+        dots = [float(inner(self._known[behavior.name], view.gradients.warm)) for behavior in view.behaviors]
+        return Prediction([Reading(dot, 0.0, "linear") for dot in dots], None, view.gradients.share)
 
 
 @dataclass
@@ -44,7 +62,8 @@ def points(base: Any, tokenizer: Any, seed: int, regime: str, quick: bool) -> li
     count, asked = (160, 150) if quick else (480, 500)
     ours, truth, again = (behaviors(tokenizer, asked, 4, 1000 * place + seed) for place in (1, 2, 3))
     readings, start = [Readings(base, truth), Readings(base, again)], state_of(base)
-    found = []
+    slopes, found = SlopesKept(), []
+    methods = [slopes if method == slopes.name else method for method in METHODS]
     sets = list(datasets(count, seed).items())
     for name, pairs in sets[:2] if quick else sets:
         with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +71,7 @@ def points(base: Any, tokenizer: Any, seed: int, regime: str, quick: bool) -> li
             for order in (0, 1):
                 trainer = dpo_trainer(base, tokenizer, pairs, RATES[regime], 100 * seed + order, Path(folder))
                 if order == 0:
-                    outlook, quarter = forecast(trainer, ours, list(METHODS)), forecast(trainer, ours, share=0.25)
+                    outlook, quarter = forecast(trainer, ours, methods), forecast(trainer, ours, share=0.25)
                 trainer.train()
                 actual.append(readings[order].of(between(start, state_of(trainer.model))))
         found += [

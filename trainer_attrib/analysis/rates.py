@@ -31,8 +31,7 @@ class Drawn:
         items: tokens of prompt and completion; those of the completion count.
         owners: number of the prompt of each, [M].
         texts: the completions, without special tokens.
-        logprobs: of each completion under the model that said it, float64 [M].
-        under: the same under other models, by fingerprint of their weights.
+        under: log-probability of each completion under models, float64 [M], by fingerprint of their weights.
         found: what detectors said.
         beginnings: of completions by their number, as text: what is before each of their tokens.
     """
@@ -40,7 +39,6 @@ class Drawn:
     items: Sequence[TextPair]
     owners: Sequence[int]
     texts: Sequence[str]
-    logprobs: Tensor
     under: dict[str, Tensor] = field(default_factory=dict, repr=False)
     found: dict[Detector, Tensor] = field(default_factory=dict, repr=False)
     beginnings: dict[int, Sequence[str]] = field(default_factory=dict, repr=False)
@@ -108,10 +106,8 @@ class Generations:
         return self._drawn[key]
 
     def logprobs(self, model: nn.Module, drawn: Drawn) -> Tensor:
-        """Log-probabilities under a model of what perhaps another one said, float64 [M], remembered too."""
+        """Log-probabilities under a model of what it or another one said, float64 [M], remembered too."""
         key = fingerprint_of(model)
-        if drawn is self._drawn.get(key):
-            return drawn.logprobs
         if key not in drawn.under:
             with torch.no_grad():
                 _remember(drawn.under, key, self._scored(model, drawn.items))
@@ -140,7 +136,7 @@ class Generations:
                 items[place] = TextPair((*prompt, *completion), labels)
         cut = [item.tokens[len(self._tokens[owner]) :] for item, owner in zip(items, owners, strict=True)]
         texts = [self.tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens in cut]
-        return Drawn(items, owners, texts, self._scored(model, items))
+        return Drawn(items, owners, texts)
 
     def _generate(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         if not callable(getattr(model, "generate", None)):

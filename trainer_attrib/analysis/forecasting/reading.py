@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer_attrib.analysis.behavior import Behavior, evaluating
 from trainer_attrib.analysis.curvature import gradients_of
 from trainer_attrib.analysis.displacement import Displacement, moved
-from trainer_attrib.analysis.rates import Drawn, RateMeasure
+from trainer_attrib.analysis.rates import Drawn, Generations, RateMeasure
 from trainer_attrib.errors import BehaviorError
 from trainer_attrib.tap.names import parameters_by_name
 
@@ -48,7 +48,7 @@ class Readings:
     def __init__(self, model: nn.Module, behaviors: Sequence[Behavior]) -> None:
         self._model, self._behaviors = model, behaviors
         with evaluating(model):
-            self._drawn = [None if rate is None else rate.generations.of(model) for rate in map(rate_of, behaviors)]
+            self._drawn = [None if rate is None else _said(model, rate.generations) for rate in map(rate_of, behaviors)]
         self.before: list[Tensor] = [behavior.values(model) for behavior in behaviors]
 
     def means(self) -> list[float]:
@@ -59,20 +59,20 @@ class Readings:
         """What moving the weights changes about every behavior."""
         with moved(self._model, displacement), evaluating(self._model), torch.no_grad():
             return [
-                self._measured(number) if drawn is None else self._rate(number, drawn)
-                for number, drawn in enumerate(self._drawn)
+                self._measured(number) if said is None else self._rate(number, *said)
+                for number, said in enumerate(self._drawn)
             ]
 
     def _measured(self, number: int, how: str = "measured", effective: float = 1.0) -> Reading:
         changes = self._behaviors[number].values(self._model) - self.before[number]
         return Reading(float(changes.mean()), _standard_error(changes), how, effective)
 
-    def _rate(self, number: int, drawn: Drawn) -> Reading:
+    def _rate(self, number: int, drawn: Drawn, logprobs_M: Tensor) -> Reading:
         measure = rate_of(self._behaviors[number])
         assert measure is not None
         generations, places = measure.generations, measure.places(drawn)
         values = drawn.detected(measure.detector, generations.prompts)[places]
-        weights = (generations.logprobs(self._model, drawn) - drawn.logprobs)[places].exp()
+        weights = (generations.logprobs(self._model, drawn) - logprobs_M)[places].exp()
         effective = float(weights.sum() ** 2 / (len(weights) * weights.square().sum()))
         if not effective >= ENOUGH:
             return self._measured(number, "drawn anew", effective)
@@ -109,6 +109,12 @@ def rate_of(behavior: Behavior) -> RateMeasure | None:
     """Its measure, if it is a rate of sampled generations."""
     measure: Any = behavior.measure
     return measure if isinstance(measure, RateMeasure) else None
+
+
+def _said(model: nn.Module, generations: Generations) -> tuple[Drawn, Tensor]:
+    """What the model says, and its log-probabilities [M] of that."""
+    drawn = generations.of(model)
+    return drawn, generations.logprobs(model, drawn)
 
 
 def _standard_error(values: Tensor) -> float:
