@@ -7,7 +7,9 @@ Then the CPU time of forecasts beside that of the run they predict.
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,20 +24,36 @@ from forecast_runs.training import taught
 
 def main() -> None:
     """All seeds, then the costs."""
-    options = report.parser((__doc__ or "").splitlines()[0]).parse_args()
+    arguments = report.parser((__doc__ or "").splitlines()[0])
+    arguments.add_argument("--traces", type=Path, help="folder that keeps what was found with each seed")
+    arguments.add_argument("--only", type=int, metavar="SEED", help="find that of one seed alone, to be kept")
+    options = arguments.parse_args()
     seeds = options.seeds or (1 if options.quick else 3)
     quiet()
-    traces = []
-    for seed in range(seeds):
-        base, tokenizer = taught(seed, 2000 if options.quick else 4000)
-        traces.append(poison(base, tokenizer, seed, options.quick))
-        print(f"seed {seed}: {traces[-1]}", flush=True)
+    if options.only is not None:
+        trace_of(options.only, options.traces, options.quick)
+        return
+    traces = [trace_of(seed, options.traces, options.quick) for seed in range(seeds)]
     cost = costs(options.quick)
     rows = [{"seed": str(seed), **trace} for seed, trace in enumerate(traces)]
     mean = {key: float(np.mean([trace[key] for trace in traces])) for key in traces[0]}
     rows.append({"seed": "mean", **mean})
     notes = [f"CPU time over that of training: { ({name: round(value, 3) for name, value in cost.items()}) }"]
     report.publish("forecast_poison", rows, checks(mean, cost), quick=options.quick, notes=notes)
+
+
+def trace_of(seed: int, folder: Path | None, quick: bool) -> dict[str, float]:
+    """What was found with one seed, from the folder if it is there."""
+    file = folder / f"{seed}{'-quick' if quick else ''}.json" if folder else None
+    if file and file.exists():
+        return json.loads(file.read_text())
+    base, tokenizer = taught(seed, 2000 if quick else 4000)
+    found = poison(base, tokenizer, seed, quick)
+    print(f"seed {seed}: {found}", flush=True)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return found
 
 
 def checks(mean: dict[str, float], cost: dict[str, float]) -> dict[str, Any]:
