@@ -97,29 +97,28 @@ def _point(
 
 def costs(quick: bool) -> dict[str, float]:
     """CPU time of forecasts as a share of that of the run: of a behavior that is computed, and of rates of sampled
-    answers, whose sampling costs what it costs however long the run is. Forecasts and the run take turns, and medians
-    are told: another process's work beside one of them would be taken for a difference between them."""
+    answers, whose sampling costs what it costs however long the run is. The forecast from a quarter and the run take
+    turns, and medians are told: another process's work beside one of them would be taken for a difference."""
     base, tokenizer = untaught(0)
-    turns = [_turn(base, tokenizer, quick) for _ in range(1 if quick else TURNS)]
-    middle = {name: median(turn[name] for turn in turns) for name in turns[0]}
+    turns = [_turn(base, tokenizer, quick, also=number == 0) for number in range(1 if quick else TURNS)]
+    middle = {name: median(turn[name] for turn in turns if name in turn) for name in turns[0]}
     run = middle.pop(RUN)
     return {name: seconds / run for name, seconds in middle.items()}
 
 
-def _turn(base: Any, tokenizer: Any, quick: bool) -> dict[str, float]:
-    """CPU seconds of forecasts of a run, and of the run."""
+def _turn(base: Any, tokenizer: Any, quick: bool, also: bool) -> dict[str, float]:
+    """CPU seconds of a run and of forecasts of it: from a quarter, and of the other kinds if asked for."""
     pairs, epochs = generated(160 if quick else 1440, 77, {"flattery": 0.4, "list": 0.3}), 1 if quick else 2
     prefers, rates = [preference(tokenizer, "flattery", 32, 9)], behaviors(tokenizer, 100, 4, 9)
     with tempfile.TemporaryDirectory() as folder:
         trainer = dpo_trainer(base, tokenizer, pairs, RATES["moderate"], 0, Path(folder), epochs)
-        return {
-            "forecast from 25 %": _seconds(lambda: forecast(trainer, prefers, share=0.25)),
-            "forecast from 25 %, 13 rates of 400 sampled answers": _seconds(
-                lambda: forecast(trainer, rates, share=0.25)
-            ),
-            "forecast from all batches": _seconds(lambda: forecast(trainer, prefers)),
-            RUN: _seconds(trainer.train),
-        }
+        works: dict[str, Callable[[], Any]] = {"forecast from 25 %": lambda: forecast(trainer, prefers, share=0.25)}
+        if also:
+            works |= {
+                "forecast from 25 %, 13 rates of 400 sampled answers": lambda: forecast(trainer, rates, share=0.25),
+                "forecast from all batches": lambda: forecast(trainer, prefers),
+            }
+        return {name: _seconds(work) for name, work in (works | {RUN: trainer.train}).items()}
 
 
 def _seconds(work: Callable[[], Any]) -> float:
