@@ -46,8 +46,9 @@ class Shadowed:
         return nested(self._of_shadow(of, replica, "optimizer"))
 
     def shadow_state(self, of: str, replica: int, step: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """A shadow after a step that a checkpoint was taken at: its entry, and everything of it by
-        ``weights/...``, ``buffers/...``, ``optimizer/...`` and ``last/...``; None where it was not stored."""
+        """A shadow after a step that a checkpoint was taken at: its entry, and everything of it by ``weights/...``,
+        ``buffers/...``, ``optimizer/...``, ``last-factual/...`` and ``last-shadow/...`` (gradients of the part compared
+        last), ``control/...`` (sums of its control variate); None where it was not stored."""
         for entry in self.meta.get("shadow_states", []):
             if (entry["of"], entry["replica"], entry["step"]) == (of, replica, step):
                 return entry, load_tensors(self._storage, f"{self._folder}/{shadow_state_name(of, replica, step)}")

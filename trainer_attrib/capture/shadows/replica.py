@@ -1,9 +1,9 @@
 """Shadows: weights as they would be without an earlier stage, trained along with the stage that is being recorded.
 
-Per step, on a part of its batch, d = gradient at the model's weights - gradient at the shadow's, both with the same
-random numbers; the shadow takes the model's step with the model's gradient minus d. The noise of the part is in both
-gradients and largely cancels, so that a small part does; with the whole batch the shadow is the training without the
-earlier stage.
+Per step, on a part of its batch, gradients are computed at the model's weights and at the shadow's, with the same
+random numbers. By how much the part errs at the model's weights is known, and what of it is in the shadow's gradient
+too is taken out (``control.py``), so that a small part does; with the whole batch the shadow is the training without
+the earlier stage.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer_attrib.capture.shadows.control import Compared, Control
 from trainer_attrib.capture.shadows.origin import Origin
 from trainer_attrib.capture.shadows.parts import PartLoss, Turns
 from trainer_attrib.capture.shadows.same_gradients import Norms, clip_factor, clipping
@@ -74,8 +75,9 @@ class Replica:
         self.twin.load(state, trained.optimizer, trained.updated)
         self.buffers = trained.surroundings.buffers()
         self.buffers |= {n: b.to(self.buffers[n].device) for n, b in origin.buffers.items() if n in self.buffers}
-        self._difference: dict[str, Tensor] = {}  # sum over the step's micro-batches so far
-        self._last: dict[str, Tensor] | None = None
+        self._control = Control()
+        self._sums = Compared({}, {})  # over the step's micro-batches so far
+        self._last: Compared | None = None
         self._compared = 0
 
     @property
@@ -84,7 +86,7 @@ class Replica:
         return {name: tensor.data for name, tensor in self.twin.tensors.items()} | self._still
 
     def compare(self, part: Any, count: int, loss: PartLoss, factual: dict[str, Tensor], scale: Tensor | None) -> None:
-        """Add what the gradient of a part of a micro-batch is at the model's weights minus at the shadow's."""
+        """Add the gradient of a part of a micro-batch at the model's weights, and at the shadow's."""
         trained = self.trained
         values = [(trained.parameters[name], value) for name, value in self.weights.items()] + self._companions
         with trained.surroundings.guarded(self.buffers), weights_at(values):
@@ -93,10 +95,10 @@ class Replica:
             return  # it overflowed on this part alone
         self.used += count
         self._compared += 1
-        for name in factual.keys() | found.keys():
-            d = _minus(_wide(factual.get(name)), _wide(found.get(name))).to(self._device(name))
-            known = self._difference.get(name)
-            self._difference[name] = d if known is None else known + d
+        for sums, gradients_there in ((self._sums.factual, factual), (self._sums.shadow, found)):
+            for name, gradient in gradients_there.items():
+                wide = _wide(gradient).to(self._device(name))
+                sums[name] = sums[name] + wide if name in sums else wide
 
     def step(self, micro_batches: int, norms: Norms, settings: Sequence[dict[str, Any]], *, compared: bool) -> None:
         """Follow the model's step; the gradients it used are in ``.grad``.
@@ -107,9 +109,9 @@ class Replica:
             settings: of the optimizer's groups.
             compared: whether the gradients were to be compared at this step.
         """
-        if compared and self._compared:
-            factor = micro_batches / self._compared
-            self._last = {name: d * factor for name, d in self._difference.items()}
+        fresh = compared and self._compared > 0
+        if fresh:
+            self._last = self._sums.times(micro_batches / self._compared)
         if self._last is None:
             raise CaptureError(
                 "No loss was computed again for the first step.",
@@ -120,11 +122,11 @@ class Replica:
         self.forget()
         clipped = clipping(norms)
         used = {name: p.grad for name, p in self.trained.updated.items() if p.grad is not None}
-        own = {}
+        whole = {}
         for name, gradient in used.items():
-            whole = _wide(gradient) if clipped is None else _wide(gradient) / clipped[0].to(gradient.device)
-            d = self._last.get(name)
-            own[name] = whole.to(self._device(name)) - (0 if d is None else d)
+            before = _wide(gradient) if clipped is None else _wide(gradient) / clipped[0].to(gradient.device)
+            whole[name] = before.to(self._device(name))
+        own = self._control.applied(self._last, whole, learn=fresh)
         if clipped is not None and own:
             norm = torch.nn.utils.get_total_norm(list(own.values()))
             factor = clip_factor(norm, clipped[1])
@@ -136,7 +138,7 @@ class Replica:
 
     def forget(self) -> None:
         """What was compared since the last step is of no use."""
-        self._difference, self._compared = {}, 0
+        self._sums, self._compared = Compared({}, {}), 0
 
     def drop(self, reason: str) -> None:
         """Go on without this shadow; its memory is freed."""
@@ -168,8 +170,9 @@ class Replica:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything that a resumed stage needs to go on with it."""
         state, left_out = self.twin.state()
-        last = self._last if self.asked.every > 1 and self._last else {}
-        parts = {"weights": self.weights, "buffers": self.buffers, "optimizer": state, "last": last}
+        last = self._last if self.asked.every > 1 and self._last else Compared({}, {})
+        parts = {"weights": self.weights, "buffers": self.buffers, "optimizer": state}
+        parts |= {"last-factual": last.factual, "last-shadow": last.shadow, "control": self._control.sums}
         tensors = {f"{kind}/{name}": value for kind, values in parts.items() for name, value in values.items()}
         counts = {"of": self.asked.of, "replica": self.number, "steps": self.steps, "used": self.used}
         return counts | {"seen": self.seen, "left_out": left_out}, tensors
@@ -184,19 +187,23 @@ class Replica:
             value.copy_(parts["weights"][name])
         for name, value in parts.get("buffers", {}).items():
             self.buffers[name] = value.to(self.buffers[name].device if name in self.buffers else "cpu")
-        last = parts.get("last", {})
-        self._last = {name: value.to(self._device(name)) for name, value in last.items()} or None
+        last = [
+            {name: value.to(self._device(name)) for name, value in parts.get(kind, {}).items()}
+            for kind in ("last-factual", "last-shadow")
+        ]
+        self._last = Compared(*last) if any(last) else None
+        self._control.sums.update(parts["control"])
         state = nested(parts.get("optimizer", {})).get(0, {})
         self.twin.load(state, self.trained.optimizer, self.trained.updated)
         self.steps, self.used, self.seen = (entry[key] for key in ("steps", "used", "seen"))
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes: weights, optimizer state, the last comparison."""
+        """Memory that it takes: weights, optimizer state, the two gradients compared last."""
         weights = sum(value.nbytes for value in self.weights.values())
         trained = sum(tensor.nbytes for tensor in self.twin.tensors.values())
         kept = max((2 if "betas" in g else bool(g.get("momentum"))) for g in self.trained.optimizer.param_groups)
-        return weights + (kept + 1) * trained + sum(value.nbytes for _, value in self._companions)
+        return weights + (kept + 2) * trained + sum(value.nbytes for _, value in self._companions)
 
     # ---- places -----------------------------------------------------------------------------------------------------
 
@@ -236,10 +243,3 @@ def factual_gradients(trained: Trained, loss: PartLoss, part: Any, scale: Tensor
 def _wide(gradient: Any) -> Any:
     """Half precision in single, so that differences of gradients keep their digits."""
     return gradient.float() if gradient is not None and gradient.dtype in (torch.float16, torch.bfloat16) else gradient
-
-
-def _minus(first: Tensor | None, second: Tensor | None) -> Tensor:
-    if second is None:
-        assert first is not None
-        return first
-    return -second if first is None else first - second
