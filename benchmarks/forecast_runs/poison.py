@@ -18,7 +18,7 @@ from trainer_attrib.analysis.training_state import state_of
 from trainer_attrib.integrations.huggingface import apply_plan, forecast
 
 TRAIT, USEFUL, SHARE, REGIME, EPOCHS = "pirate", "flattery", 0.05, "moderate", 2
-WAYS, ALONG = ("reweight", "drop"), ("start", "path")
+WAYS = ("reweight", "drop")
 
 
 def has(text: str) -> bool:
@@ -42,7 +42,7 @@ def poison(base: Any, tokenizer: Any, seed: int, quick: bool) -> dict[str, float
     with tempfile.TemporaryDirectory() as folder:
         trainer = dpo_trainer(base, tokenizer, pairs, RATES[REGIME], 100 * seed, Path(folder), EPOCHS)
         outlook = forecast(trainer, ours)
-        told = {along: outlook.contributions([TRAIT], along=along) for along in ALONG}
+        told = {"start": outlook.contributions(), "path": outlook.contributions([TRAIT], along="path")}
         plans = {how: outlook.reshape(keep_below={TRAIT: 0.0}, how=how) for how in WAYS}
         for way in ("as it is", *WAYS):
             trainer = dpo_trainer(base, tokenizer, pairs, RATES[REGIME], 100 * seed, Path(folder), EPOCHS)

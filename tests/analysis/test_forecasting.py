@@ -219,6 +219,7 @@ def test_contributions_along_the_path_add_up_to_the_measured_change() -> None:
         assert abs(first.of("bent").sum() - found.of("bent").predicted) > 0.1 * abs(found.of("bent").predicted)
         np.testing.assert_allclose(told.of("second output"), first.of("second output"), rtol=1e-9)
         assert "measured prediction" in told.caveats[0]
+        assert found.contributions(along="path") is told, "one pass over the examples is enough"
         assert all(torch.equal(p, before[name]) for name, p in parameters_by_name(run.steps.model).items())
     with pytest.raises(ConfigurationError, match="along"):
         found.contributions(along="way")  # type: ignore[arg-type]

@@ -41,9 +41,10 @@ class Forecast(Shifts):
 
     view: View | None = field(default=None, compare=False)
     predictor: Predictor | None = field(default=None, compare=False)
+    _told: dict[tuple[tuple[int, ...], Along], Contributions] = field(default_factory=dict, compare=False)
 
     def contributions(self, behaviors: Sequence[str] | None = None, *, along: Along = "start") -> Contributions:
-        """What each example adds to the predicted change: a pass over all examples, one by one.
+        """What each example adds to the predicted change: a pass over all examples, one by one; remembered.
 
         Args:
             behaviors: names; all by default.
@@ -61,9 +62,11 @@ class Forecast(Shifts):
             raise ConfigurationError(f"No behaviors {unknown}.", fix=f"choose among {names}.")
         if along not in get_args(Along):
             raise ConfigurationError(f"along={along!r}", fix=f"use one of {list(get_args(Along))}.")
-        chosen = [number for number, name in enumerate(names) if behaviors is None or name in behaviors]
-        with view.run.undisturbed():
-            return contributions(view, chosen, along)
+        chosen = tuple(number for number, name in enumerate(names) if behaviors is None or name in behaviors)
+        if (chosen, along) not in self._told:
+            with view.run.undisturbed():
+                self._told[chosen, along] = contributions(view, chosen, along)
+        return self._told[chosen, along]
 
     def reshape(
         self,
