@@ -10,10 +10,12 @@ from tests.analysis.stages import margins, three_stages
 from trainer_attrib import Analyzer
 from trainer_attrib.analysis.recipes import streamed
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
-from trainer_attrib.analysis.retrieval.ends import Ends, Plan, ends_of, together
+from trainer_attrib.analysis.retrieval.ends import Ends, ends_of, together
 from trainer_attrib.analysis.retrieval.groups import StageSums, source_rows, step_rows
 from trainer_attrib.analysis.retrieval.part_scores import PartSums, top_k
-from trainer_attrib.analysis.retrieval.visits import AllScores, part_sums, part_visits
+from trainer_attrib.analysis.retrieval.plan import Plan
+from trainer_attrib.analysis.retrieval.sources import coded
+from trainer_attrib.analysis.retrieval.visits import AllScores, numbered, part_sums, part_visits
 from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger import writer
@@ -64,7 +66,9 @@ def collected(parts, sums):
 
 
 def planned(parts):
-    return Plan.of(part_visits(table)[0] for table, _ in parts)
+    visits = [part_visits(table)[0] for table, _ in parts]
+    at = numbered([part.ids for part in visits])[1]
+    return Plan.of(visits, np.split(at, np.cumsum([len(part.ids) for part in visits])[:-1]))
 
 
 def kept(parts, keep, sums, budget=1 << 20):
@@ -72,8 +76,8 @@ def kept(parts, keep, sums, budget=1 << 20):
     groups = plan.groups(QUERIES, budget)
     for group in groups:
         ends = Ends(plan, group.stop - group.start, keep, sums=sums)
-        for part, closed in zip(parts, plan.closed, strict=True):
-            ends.add(top_k(summed(*part), closed, group, keep, sums=sums, groups=False))
+        for number, part in enumerate(parts):
+            ends.add(top_k(summed(*part), plan, number, group, keep, sums=sums, groups=False))
         found.append(ends.found())
     return together(found), len(groups)
 
@@ -150,7 +154,7 @@ def test_sums_over_sources_and_steps_are_those_of_the_rows():
     sums, everything, labels, steps = StageSums("one"), [], [], []
     for table, scores_QN in parts_of(values="unknown"):
         sources = [None if len(i) == 3 else i[-1] for i in table["example"].to_pylist()]
-        sums.add(sources, np.arange(len(sources)), table["step"].to_numpy(), scores_QN)
+        sums.add(*coded(sources), table["step"].to_numpy(), scores_QN)
         everything.append(scores_QN.astype(np.float64))
         labels, steps = labels + sources, steps + table["step"].to_pylist()
     scores, labels, steps = np.concatenate(everything, 1), np.array(labels, dtype=object), np.array(steps)

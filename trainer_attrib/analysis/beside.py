@@ -53,7 +53,7 @@ def compared(name: str, scores_QN: np.ndarray, ours_QK: np.ndarray) -> Beside:
 def by_chance(queries: int, examples: int, k: int, seed: int = 0) -> Beside:
     """Examples drawn at random, and how many of k are expected to be among k given ones."""
     random = np.random.default_rng(seed)
-    order = [random.permutation(examples)[:k] for _ in range(queries)]
+    order = [random.choice(examples, min(k, examples), replace=False) for _ in range(queries)]
     return Beside("random", np.array(order, np.int64), np.full(queries, k * k / max(1, examples)))
 
 

@@ -20,6 +20,7 @@ from trainer_attrib.analysis.recipes.trackstar import TrackStar
 from trainer_attrib.analysis.recipes.unrolled import Unrolled
 from trainer_attrib.analysis.retrieval.ends import ends_of
 from trainer_attrib.analysis.retrieval.groups import StageSums
+from trainer_attrib.analysis.retrieval.sources import coded
 from trainer_attrib.errors import ConfigurationError
 
 _RECIPES: tuple[type[Recipe], ...] = (
@@ -90,7 +91,7 @@ def _sums_of(stage: StageScores) -> StageSums:
     """Over examples, at the last step of each: the recipe did not score visits."""
     examples = stage.examples
     sums = StageSums(str(examples.stages[0]) if len(examples) else "")
-    sums.add(examples.sources, np.arange(len(examples)), examples.steps, stage.scores)
+    sums.add(*coded(examples.sources), examples.steps, stage.scores)
     return sums
 
 

@@ -75,6 +75,11 @@ class LanceReader(StageReader):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_fragments"}  # opened again elsewhere
 
+    @property
+    def visited_once(self) -> bool:
+        """False: which examples a fragment tells of is not known."""
+        return False
+
     def row_parts(self) -> list[RowPart]:
         """The table's fragments."""
         return [RowPart({"fragment": n, "rows": f.count_rows()}) for n, f in enumerate(self._fragments)]

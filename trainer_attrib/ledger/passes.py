@@ -140,6 +140,11 @@ class PassReader(StageReader):
         whole = {"sample": 1.0, "every_n_steps": 1, "dtype": self._made[0].meta["dtype"]}
         self.meta = {**self.meta, "sketch": {**self.meta["sketch"], **whole}}
 
+    @property
+    def visited_once(self) -> bool:
+        """False: an example has a row at every snapshot."""
+        return False
+
     def row_parts(self) -> list[RowPart]:
         """Rows of every example, once for each snapshot; their step is the snapshot's."""
         return [part for made in self._made for part in made.parts()]
@@ -154,10 +159,13 @@ class PassReader(StageReader):
         first = np.unique(found["example"].to_numpy(zero_copy_only=False), return_index=True)[1]
         return found.take(np.sort(first))
 
-    def examples_of(self, ids: Collection[str]) -> pa.Table:
+    def example_parts(self) -> list[Any]:
+        """See :meth:`StageReader.example_parts`: one for each snapshot."""
+        return list(range(len(self._made)))
+
+    def examples_of(self, ids: frozenset[str], part: Any) -> pa.Table:
         """Example, source and text of some examples."""
-        found = self.examples().cast(EXAMPLES)
-        return some_of(found, frozenset(ids))
+        return some_of(self._made[part].examples().cast(EXAMPLES), ids)
 
 
 def _parquet(table: pa.Table) -> bytes:

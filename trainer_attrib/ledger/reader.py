@@ -128,6 +128,19 @@ class StageReader(StageTables):
             table, sketches = table.take(counts), sketches.take(counts)
         return RowBlock(table, sketches)
 
+    @property
+    def visited_once(self) -> bool:
+        """Whether it is known, without reading any table, that no example has more than one row.
+
+        A part tells of those examples whose first row is in it. Where it has as many rows, there are no others.
+        """
+        several = self.meta["processes"] > 1 or self.meta["resumed"]  # tell of some examples twice
+        return not several and all(part["rows"] == part["examples"] for part in self.parts())
+
+    def examples_in(self, part: RowPart, columns: Collection[str]) -> pa.Table:
+        """The examples that one part tells of: those whose first row is in it."""
+        return self._kind(part.entry, "examples", columns).select(list(columns))
+
     def rows(self) -> Iterator[RowBlock]:
         """Example rows, part by part.
 

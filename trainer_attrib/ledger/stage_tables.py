@@ -73,11 +73,13 @@ class StageTables(StageTensors):
         examples = self._all("examples", EXAMPLES, columns).select(list(columns))
         return examples if self.meta["processes"] == 1 else _once(examples)
 
-    def examples_of(self, ids: Collection[str]) -> pa.Table:
-        """Example, source and text of some examples; of the others nothing is held."""
-        wanted = frozenset(ids)
-        tables = (some_of(self._kind(part, "examples"), wanted) for part in self.parts())
-        return _once(pa.concat_tables([EXAMPLES.empty_table(), *tables]))
+    def example_parts(self) -> list[Any]:
+        """Where examples are told of, for :meth:`examples_of`."""
+        return self.parts()
+
+    def examples_of(self, ids: frozenset[str], part: Any) -> pa.Table:
+        """Example, source and text of some examples, of those that one part tells of."""
+        return some_of(self._kind(part, "examples"), ids)
 
     def sources(self) -> dict[str, str | None]:
         """The data source of every example."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,13 +14,16 @@ from torch import Tensor
 from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.query_sketches import kept_columns, missing_weights
 from trainer_attrib.analysis.recipes.recipe import Question, Sketches, StageScores
-from trainer_attrib.analysis.recipes.streamed import Comparable, Part, Rows, StreamedStage
-from trainer_attrib.analysis.retrieval.ends import Ends, PartSources, Plan, together
+from trainer_attrib.analysis.recipes.streamed import Comparable, Part, Rows, StreamedStage, places_of
+from trainer_attrib.analysis.retrieval.ends import Ends, together
 from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.analysis.retrieval.part_scores import PartSums, TopK, top_k
-from trainer_attrib.analysis.retrieval.visits import AllScores, Found, PartVisits, part_sums, part_visits
+from trainer_attrib.analysis.retrieval.plan import Plan
+from trainer_attrib.analysis.retrieval.sources import ByName, FirstSeen, Numbered, Sources, joined
+from trainer_attrib.analysis.retrieval.visits import AllScores, Found, PartVisits, numbered, part_sums, part_visits
 from trainer_attrib.errors import ConfigurationError
+from trainer_attrib.execution.runner import Runner
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.ledger.schema import ROWS
 
@@ -96,7 +100,8 @@ def _score_stage(recipe: RowRecipe, question: Question, reader: StageReader) -> 
             )
         found, proposed = score.near(recipe, question, stage, question.candidates, exact)
     caveats = (*_streamed(stage), *proposed, *_caveats(question, reader))
-    return StageScores(_examples_of(reader, found), found.scores, caveats, found.places, sums)
+    examples = _examples_of(reader, found, question.lineage.runner)
+    return StageScores(examples, found.scores, caveats, found.places, sums)
 
 
 def _collect(
@@ -105,22 +110,33 @@ def _collect(
     """All scores, or both ends of them; row by row they are added to the sums."""
     if question.keep is None:
         every = AllScores(queries, sums=recipe.sums_visits)
-        for found in stage.map(ScorePart(score, queries), "scoring", question.where):
+        seen = FirstSeen(stage.reader) if stage.reader.visited_once else ByName(stage.reader.sources())
+        for found in stage.map(ScorePart(score, queries, seen), "scoring", question.where):
             every.add(found.visits, found.sums)
             sums.merge(found.groups)
         return every.found()
-    plan = Plan.of(stage.map(count_part, "counting", question.where))
-    sources, kept = plan.sources(stage.reader.examples(("example", "source"))), []
+    plan, sources = _planned(question, stage)
+    kept = []
     for number, group in enumerate(plan.groups(queries)):
         ends = Ends(plan, len(range(queries)[group]), question.keep, sums=recipe.sums_visits)
         whole = ScorePart(score, queries, sources)
-        asked = BestOfPart(whole, plan.closed, group, question.keep, recipe.sums_visits, number == 0)
+        asked = BestOfPart(whole, plan, group, question.keep, recipe.sums_visits, number == 0)
         for best in stage.map(asked, "scoring", question.where):
             ends.add(best)
             if best.groups is not None:
                 sums.merge(best.groups)
         kept.append(ends.found())
     return together(kept)
+
+
+def _planned(question: Question, stage: StreamedStage) -> tuple[Plan, Sources]:
+    """Which examples are in several parts, and the sources of all. Where no example can be, nothing is read."""
+    if stage.reader.visited_once:
+        return Plan.nothing_open(), FirstSeen(stage.reader)
+    parts = list(stage.map(count_part, "counting", question.where))
+    ids, at = numbered([part.ids for part in parts])
+    numbers = np.split(at, np.cumsum([len(part.ids) for part in parts])[:-1]) if parts else []
+    return Plan.of(parts, numbers), Numbered(joined(ids, stage.reader.examples(("example", "source"))), numbers)
 
 
 def count_part(_: Comparable, parts: Sequence[Part], __: int) -> PartVisits:
@@ -135,12 +151,12 @@ class ScorePart:
     Args:
         score: rows [N] -> scores [Q, N].
         queries: Q.
-        sources: of the examples of each part; None: they are looked up.
+        sources: of the examples of each part.
     """
 
     score: Score
     queries: int
-    sources: PartSources | None = None
+    sources: Sources
 
     def __call__(self, rows: Comparable, parts: Sequence[Part], number: int) -> PartSums:
         """Sums over each example's rows, and over groups of rows."""
@@ -148,9 +164,9 @@ class ScorePart:
         found = [self.score(chunk).numpy() for part in parts for chunk in part.rows()]
         scores_QN = np.concatenate([np.zeros((self.queries, 0), np.float32), *found], axis=1)
         visits, at = part_visits(table)
-        sources = self.sources.of(number) if self.sources else [rows.sources.get(i) for i in visits.ids.to_pylist()]
+        names, codes = self.sources.of(number, places_of(parts), visits.ids)
         groups = StageSums(rows.reader.name)
-        groups.add(sources, at, table["step"].to_numpy(), scores_QN)
+        groups.add(names, codes[at], table["step"].to_numpy(), scores_QN)
         return PartSums(visits, part_sums(at, len(visits.ids), scores_QN), groups)
 
 
@@ -160,7 +176,7 @@ class BestOfPart:
 
     Args:
         score: of its rows.
-        closed: whether each example of each part is in no other part.
+        plan: of all parts.
         queries: that are asked about.
         keep: so many scores at either end.
         sums: an example's score is the sum over its rows, not their mean.
@@ -168,7 +184,7 @@ class BestOfPart:
     """
 
     score: ScorePart
-    closed: Sequence[np.ndarray]
+    plan: Plan
     queries: slice
     keep: int
     sums: bool
@@ -176,25 +192,28 @@ class BestOfPart:
 
     def __call__(self, rows: Comparable, parts: Sequence[Part], number: int) -> TopK:
         """The answer of one part."""
-        found, closed = self.score(rows, parts, number), self.closed[number]
-        return top_k(found, closed, self.queries, self.keep, sums=self.sums, groups=self.groups)
+        found = self.score(rows, parts, number)
+        return top_k(found, self.plan, number, self.queries, self.keep, sums=self.sums, groups=self.groups)
 
 
 def _together(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables) if tables else ROWS.empty_table()
 
 
-def _examples_of(stage: StageReader, found: Found) -> InfluenceExamples:
-    told = stage.examples_of(found.ids)
-    place = {example: n for n, example in enumerate(told["example"].to_pylist())}
-    sources, texts = (told[name].to_pylist() for name in ("source", "text"))
-    places = [place.get(example) for example in found.ids]
+def _examples_of(stage: StageReader, found: Found, runner: Runner) -> InfluenceExamples:
+    tables = runner.map(partial(stage.examples_of, frozenset(found.ids)), stage.example_parts())
+    told = dict[str, tuple[str | None, str | None]]()
+    for table in tables:
+        columns = (table[name].to_pylist() for name in ("example", "source", "text"))
+        for example, source, text in zip(*columns, strict=True):
+            told.setdefault(example, (source, text))
+    both = [told.get(example, (None, None)) for example in found.ids]
     return InfluenceExamples(
         stages=np.array([stage.name] * len(found.ids), dtype=object),
         ids=np.array(found.ids, dtype=object),
         steps=found.last_steps,
-        sources=[None if at is None else sources[at] for at in places],
-        texts=[None if at is None else texts[at] for at in places],
+        sources=[source for source, _ in both],
+        texts=[text for _, text in both],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer_attrib.analysis.retrieval.tally import Tally
 from trainer_attrib.analysis.retrieval.where import Where
+from trainer_attrib.errors import CorruptPartError
 from trainer_attrib.execution.runner import Runner, Serial
 from trainer_attrib.ledger.reader import RowBlock, RowPart, StageReader
 from trainer_attrib.numerics.sketching import unit_rows
@@ -32,35 +33,48 @@ class Rows:
     Args:
         unit: unit-norm sketches [N, K], float32.
         norms: of the examples' loss gradients, [N].
-        reach: how far a unit of each example's gradient moved the weights: learning rate over loss denominator, [N].
         version: of the second moments.
+        measure: of how far the rows moved the weights, see ``reach``.
     """
 
     unit: Tensor
     norms: Tensor
-    reach: Tensor
     version: int
+    measure: Callable[[], Tensor]
+
+    @property
+    def reach(self) -> Tensor:
+        """How far a unit of each example's gradient moved the weights: learning rate over loss denominator, [N]. The
+        learning rates are read when somebody asks."""
+        return self.measure()
 
 
 class Part:
     """Rows of one part of the ledger that have the same second-moment version.
 
     Args:
+        place: in the ledger.
         block: that they are in.
         at: where in it.
         version: of the second moments.
-        rates: learning rates by step number.
+        rates: gives the learning rates by step number.
         keep: 1 for the columns that are compared, [K].
     """
 
-    def __init__(self, block: RowBlock, at: np.ndarray, version: int, rates: np.ndarray, keep: Tensor) -> None:
+    def __init__(
+        self,
+        place: RowPart,
+        block: RowBlock,
+        at: np.ndarray,
+        version: int,
+        rates: Callable[[], np.ndarray],
+        keep: Tensor,
+    ) -> None:
         whole = len(at) == block.table.num_rows
         self.table = block.table if whole else block.table.take(at)
         self._sketches = block.sketches if whole else block.sketches.take(at)
-        self.version, self._keep = version, None if keep.all() else keep
+        self.place, self.version, self._rates, self._keep = place, version, rates, None if keep.all() else keep
         self._norms_N = torch.from_numpy(np.array(self.table["norm"].to_numpy(), dtype=np.float32))
-        reach_N = rates[self.table["step"].to_numpy()] / self.table["denominator"].to_numpy()
-        self._reach_N = torch.from_numpy(np.array(reach_N, np.float32))
 
     def rows(self) -> Iterator[Rows]:
         """Read the sketches, a few megabytes at a time: a whole part as float32 would go through memory twice.
@@ -74,7 +88,22 @@ class Part:
             if self._keep is not None:
                 unit_NK, kept_N = unit_rows(unit_NK * self._keep)
                 norms_N = norms_N * kept_N
-            yield Rows(unit_NK, norms_N, self._reach_N[span], self.version)
+            yield Rows(unit_NK, norms_N, self.version, partial(self._reach, span))
+
+    def _reach(self, span: slice) -> Tensor:
+        steps_N, rates = self.table["step"].to_numpy()[span], self._rates()
+        if len(steps_N) and steps_N.max() >= len(rates):
+            raise CorruptPartError(
+                f"There are rows of step {steps_N.max()}, and the last step told of is {len(rates) - 1}.",
+                cause="a part of the steps was lost, or a file was changed by hand.",
+                fix="run `trainer-attrib verify` for the whole list, then restore what it names.",
+            )
+        return torch.from_numpy(np.array(rates[steps_N] / self.table["denominator"].to_numpy()[span], np.float32))
+
+
+def places_of(parts: Sequence[Part]) -> list[RowPart]:
+    """Where some parts are in the ledger, each place once: rows of several versions may share one."""
+    return list({id(part.place): part.place for part in parts}.values())
 
 
 class ByVersion:
@@ -102,14 +131,12 @@ class Comparable:
         reader: of the stage.
         keep: 1 for the columns that are compared, [K].
         scale_free: whether raw rows, from before the stage's first second moments, can be compared with the others.
-        rates: learning rates by step number.
         where: conditions that rows must meet.
     """
 
     reader: StageReader
     keep: Tensor
     scale_free: bool
-    rates: np.ndarray
     where: Where | None = None
 
     def of(self, part: RowPart) -> tuple[list[Part], Tally]:
@@ -120,9 +147,11 @@ class Comparable:
         tally.skip("some layers did not fire", int((wanted & ~complete).sum()))
         finite = np.isfinite(block.table["norm"].to_numpy())
         tally.skip("their gradients were NaN or infinite", int((wanted & complete & ~finite).sum()))
-        return list(self._by_version(block, versions, complete & finite & wanted, tally)), tally
+        return list(self._by_version(part, block, versions, complete & finite & wanted, tally)), tally
 
-    def _by_version(self, block: RowBlock, versions: np.ndarray, chosen: np.ndarray, tally: Tally) -> Iterator[Part]:
+    def _by_version(
+        self, place: RowPart, block: RowBlock, versions: np.ndarray, chosen: np.ndarray, tally: Tally
+    ) -> Iterator[Part]:
         for version in np.unique(versions[chosen]):
             at = np.flatnonzero((versions == version) & chosen)
             raw = version == 0 and bool(self.reader.meta["versions"])
@@ -130,12 +159,16 @@ class Comparable:
                 tally.skip("raw rows from before the first second-moment version", len(at))
                 continue
             tally.raw += raw * len(at)
-            yield Part(block, at, int(version), self.rates, self.keep)
+            yield Part(place, block, at, int(version), lambda: self._rates, self.keep)
 
     @cached_property
     def sources(self) -> dict[str, str | None]:
         """The data source of every example."""
         return self.reader.sources()
+
+    @cached_property
+    def _rates(self) -> np.ndarray:
+        return _rates(self.reader)
 
     @cached_property
     def _passes(self) -> Callable[[pa.Table], np.ndarray] | None:
@@ -196,11 +229,7 @@ class StreamedStage:
             yield answer
 
     def _compared(self, where: Where | None) -> Comparable:
-        return Comparable(self.reader, self.keep, self.scale_free, self._rates, where)
-
-    @cached_property
-    def _rates(self) -> np.ndarray:
-        return _rates(self.reader)
+        return Comparable(self.reader, self.keep, self.scale_free, where)
 
     def stream(self, title: str, where: Where | None = None) -> Iterator[tuple[pa.Table, Rows]]:
         """Rows of one version, a few at a time, with their table; read here."""

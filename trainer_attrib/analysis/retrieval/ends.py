@@ -2,125 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from trainer_attrib.analysis.retrieval.best import best_places
 from trainer_attrib.analysis.retrieval.part_scores import TopK
-from trainer_attrib.analysis.retrieval.visits import Found, PartVisits, means, named
+from trainer_attrib.analysis.retrieval.plan import Plan
+from trainer_attrib.analysis.retrieval.visits import Found, means, named
 from trainer_attrib.numerics.scores import rank
-
-BUDGET = 1 << 30  # bytes of running sums
-
-
-@dataclass(frozen=True)
-class PartSources:
-    """The data sources of the examples of each part, without a copy of a name for each.
-
-    Args:
-        names: of the sources.
-        codes: which of them each example has, by number, [N].
-        numbers: of the examples of each part.
-    """
-
-    names: Sequence[str | None]
-    codes: np.ndarray
-    numbers: Sequence[np.ndarray]
-
-    def of(self, part: int) -> list[str | None]:
-        """Of the examples of one part, in its order."""
-        return [self.names[code] for code in self.codes[self.numbers[part]].tolist()]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is known of a stage's visits before its sketches are read: in which parts each example is.
-
-    An example that is in one part only is *closed* there: its score is known when that part is scored. Of others sums
-    are held while they are *open*, between their first part and their last. In a stage of one epoch none are; over
-    several epochs all may be, and then the queries are split so that their sums fit a budget, one stream over the rows
-    for each group of them.
-
-    Args:
-        ids: of all N examples, in the order of their first row; not as Python's strings, of which a million are many.
-        counts: rows of each, [N].
-        last_steps: in which each took part, [N].
-        numbers: which examples are in each part.
-        first: part of each, [N].
-        last: part of each, [N].
-    """
-
-    ids: pa.LargeStringArray
-    counts: np.ndarray
-    last_steps: np.ndarray
-    numbers: list[np.ndarray]
-    first: np.ndarray
-    last: np.ndarray
-
-    @staticmethod
-    def of(parts: Iterable[PartVisits]) -> Plan:
-        """Of all parts, in the order in which they will be scored."""
-        seen = list(parts)
-        ids, at_all = _encoded([pa.array([], pa.string()), *(part.ids for part in seen)])
-        numbers = np.split(at_all, np.cumsum([len(part.ids) for part in seen])[:-1]) if seen else []
-        counts, last_steps = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
-        first, last = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
-        for block, (part, at) in reversed(list(enumerate(zip(seen, numbers, strict=True)))):
-            counts[at] += part.counts
-            last_steps[at] = np.maximum(last_steps[at], part.last_steps)
-            last[at] = np.maximum(last[at], block)
-            first[at] = block
-        return Plan(ids, counts, last_steps, numbers, first, last)
-
-    def sources(self, examples: pa.Table) -> PartSources:
-        """The sources of the examples of each part, from the ledger's columns example and source."""
-        at = _encoded([self.ids, *examples["example"].chunks])[1][len(self.ids) :]
-        encoded, here = examples["source"].combine_chunks().dictionary_encode(), at < len(self.ids)
-        codes_N = np.full(len(self.ids), -1, np.int32)
-        codes_N[at[here]] = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)[here]
-        return PartSources([*encoded.dictionary.to_pylist(), None], codes_N, self.numbers)
-
-    @property
-    def closed(self) -> list[np.ndarray]:
-        """Whether each example of each part is in no other part."""
-        alone = self.first == self.last
-        return [alone[numbers_N] for numbers_N in self.numbers]
-
-    def ended(self, part: int) -> np.ndarray:
-        """Which examples of a part are in no later one, their numbers."""
-        numbers_N = self.numbers[part]
-        return numbers_N[self.last[numbers_N] == part]
-
-    @property
-    def open(self) -> int:
-        """The largest number of examples that are open at once."""
-        several = self.first != self.last
-        if not several.any():
-            return 0
-        begun = np.bincount(self.first[several], minlength=len(self.numbers)).cumsum()
-        ended = np.bincount(self.last[several], minlength=len(self.numbers)).cumsum()
-        return int((begun - np.concatenate([[0], ended[:-1]])).max())
-
-    def groups(self, queries: int, budget: int = BUDGET) -> list[slice]:
-        """The queries in groups whose float64 sums fit into so many bytes, at least one query each."""
-        size = max(1, min(queries, budget // (8 * max(1, self.open))))
-        return [slice(at, min(at + size, queries)) for at in range(0, queries, size)]
-
-
-def _encoded(ids: Sequence[pa.Array]) -> tuple[pa.LargeStringArray, np.ndarray]:
-    """Different ids in the order in which they first appear, and which of them each is."""
-    whole = pa.concat_arrays([part.cast(pa.large_string()) for part in ids])  # strings of 32 bits end at 2 GB of them
-    encoded = whole.dictionary_encode()
-    return encoded.dictionary, encoded.indices.to_numpy(zero_copy_only=False)
 
 
 class Ends:
     """The k largest and the k smallest scores of every query; equal scores by id, the smallest ids being kept.
 
-    The sums over an example's visits are made as :class:`AllScores` makes them, so the scores are the same bits.
+    The sums over an example's visits are made as :class:`AllScores` makes them, so the scores are the same bits. What
+    is held grows with the queries, with k and with the examples that are open at once, not with the examples.
 
     Args:
         plan: of all parts that will come.
@@ -131,29 +29,25 @@ class Ends:
 
     def __init__(self, plan: Plan, queries: int, keep: int, *, sums: bool) -> None:
         self._plan, self._keep, self._sums, self._part = plan, keep, sums, 0
-        self._slots = np.full(len(plan.ids), -1, np.int64)
+        self._slots = np.full(len(plan.counts), -1, np.int32)
         self._free = list(range(plan.open))[::-1]
         self._open_QS = np.zeros((queries, plan.open))
         nothing: tuple[np.ndarray, np.ndarray] = np.zeros((queries, 0), np.float32), np.zeros((queries, 0), np.int64)
         self._held = [nothing, nothing]  # scores and numbers of the largest, of the smallest
+        self._ids, self._last_steps = pa.array([], pa.string()), np.zeros(0, np.int32)  # by number
 
     def add(self, part: TopK) -> None:
         """Take in the answer of the next part."""
-        numbers_N = self._plan.numbers[self._part]
-        open_M = numbers_N[part.open]
-        new = open_M[self._slots[open_M] < 0]
-        self._slots[new] = [self._free.pop() for _ in range(len(new))]
-        self._open_QS[:, self._slots[open_M]] += part.open_sums
-        ended = self._plan.ended(self._part)
-        ended = ended[self._slots[ended] >= 0]
-        slots = self._slots[ended]
-        scores_QF = means(self._open_QS[:, slots], self._plan.counts[ended], sums=self._sums)
-        self._open_QS[:, slots], self._slots[ended] = 0, -1
-        self._free.extend(slots.tolist())
-        numbers_QF = np.broadcast_to(ended, scores_QF.shape)
+        before = len(self._ids)
+        self._ids = pa.concat_arrays([self._ids, part.ids])
+        self._last_steps = np.concatenate([self._last_steps, part.last_steps])
+        ended_QE, last_steps_E = self._ended(part.open_sums)
+        self._last_steps[before + part.ended] = last_steps_E
+        numbers_QE = np.broadcast_to(before + part.ended, ended_QE.shape)
         for end in range(2):
-            self._offer(end, [part.scores[end], scores_QF], [numbers_N[part.places[end]], numbers_QF])
+            self._offer(end, [part.scores[end], ended_QE], [before + part.places[end], numbers_QE])
         self._part += 1
+        self._forget()
 
     def found(self) -> Found:
         """The scores at both ends, each example once; NaN where there are fewer than 2k."""
@@ -167,7 +61,20 @@ class Ends:
             scores[query, : len(found)], numbers_QM[query, : len(found)] = found, numbers
         known = np.unique(np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in kept)]))
         places = np.where(np.isnan(scores), 0, np.searchsorted(known, numbers_QM))
-        return Found(named(self._plan.ids, known).tolist(), self._plan.last_steps[known], scores, places)
+        return Found(named(self._ids, known).tolist(), self._last_steps[known], scores, places)
+
+    def _ended(self, open_sums_QM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores, float32 [Q, E], and last steps of the open examples whose last part this is."""
+        _, numbers_M, ended_M = self._plan.open_in(self._part)
+        new = numbers_M[self._slots[numbers_M] < 0]
+        self._slots[new] = [self._free.pop() for _ in range(len(new))]
+        self._open_QS[:, self._slots[numbers_M]] += open_sums_QM
+        ended = numbers_M[ended_M]
+        slots = self._slots[ended]
+        scores_QE = means(self._open_QS[:, slots], self._plan.counts[ended], sums=self._sums)
+        self._open_QS[:, slots], self._slots[ended] = 0, -1
+        self._free.extend(slots.tolist())
+        return scores_QE, self._plan.last_steps[ended]
 
     def _offer(self, end: int, scores: list[np.ndarray], numbers: list[np.ndarray]) -> None:
         """Keep the best of what is held and what comes."""
@@ -176,10 +83,20 @@ class Ends:
         numbers_QM = np.concatenate([held_numbers, *numbers], axis=1)
 
         def ids(query: int, places: np.ndarray) -> np.ndarray:
-            return named(self._plan.ids, numbers_QM[query, places])
+            return named(self._ids, numbers_QM[query, places])
 
         places = best_places(scores_QM, self._keep, ids, largest=end == 0)
         self._held[end] = np.take_along_axis(scores_QM, places, 1), np.take_along_axis(numbers_QM, places, 1)
+
+    def _forget(self) -> None:
+        """Drop ids and steps that nothing held refers to, once they are the most."""
+        held = [numbers for _, numbers in self._held]
+        if len(self._ids) <= 2 * sum(numbers.size for numbers in held) + 4096:
+            return
+        used, back = np.unique(np.concatenate([numbers.ravel() for numbers in held]), return_inverse=True)
+        self._ids, self._last_steps = self._ids.take(pa.array(used)), self._last_steps[used]
+        for end, numbers in enumerate(np.split(back, [held[0].size])):
+            self._held[end] = self._held[end][0], numbers.reshape(held[end].shape)
 
 
 def _once(scores_M: np.ndarray, numbers_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

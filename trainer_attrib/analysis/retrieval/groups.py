@@ -24,20 +24,14 @@ class Sums:
     def add(self, labels: Sequence[Hashable], at_N: np.ndarray, scores_QN: np.ndarray) -> None:
         """Add scores whose labels are at these places of a list of different ones."""
         places = np.array([self.labels.setdefault(label, len(self.labels)) for label in labels], np.int64)
-        if not len(at_N):
-            return
-        if (np.diff(at_N) < 0).any():
-            order = np.argsort(at_N, kind="stable")
-            at_N, scores_QN = at_N[order], scores_QN[:, order]
-        used, starts, sizes = np.unique(at_N, return_index=True, return_counts=True)
-        sums = np.add.reduceat(scores_QN, starts, axis=1, dtype=np.float64)
+        sums, counts = _totals(at_N, scores_QN, len(places)), np.bincount(at_N, minlength=len(places))
         if np.isnan(sums).any():
             unknown_QN = np.isnan(scores_QN)
-            sums = np.add.reduceat(np.where(unknown_QN, 0.0, scores_QN), starts, axis=1, dtype=np.float64)
-            sizes = sizes - np.add.reduceat(unknown_QN.astype(np.int64), starts, axis=1)
+            sums = _totals(at_N, np.where(unknown_QN, 0.0, scores_QN), len(places))
+            counts = counts - _totals(at_N, unknown_QN, len(places)).astype(np.int64)
         self._grow(len(scores_QN))
-        self.sums[:, places[used]] += sums
-        self.counts[:, places[used]] += sizes
+        self.sums[:, places] += sums
+        self.counts[:, places] += counts
 
     def merge(self, other: Sums) -> None:
         """Add the sums of other rows."""
@@ -73,16 +67,27 @@ class StageSums:
         """Take in scores of rows.
 
         Args:
-            sources: of some examples.
-            of_N: which of these examples each row is of.
+            sources: different ones.
+            of_N: which of them each row has; negative ones count from the end.
             steps: of the rows, [N].
             scores_QN: their scores.
         """
-        names = list(dict.fromkeys(sources))
-        numbers = {name: number for number, name in enumerate(names)}
-        self.by_source.add(names, np.array([numbers[source] for source in sources], np.int64)[of_N], scores_QN)
+        self.by_source.add(*_used(sources, of_N), scores_QN)
         found, at_N = np.unique(steps, return_inverse=True)
         self.by_step.add(found.tolist(), at_N, scores_QN)
+
+
+def _used(labels: Sequence[Hashable], at_N: np.ndarray) -> tuple[list[Hashable], np.ndarray]:
+    """The labels that occur, in the order in which they do first, and which of them each row has."""
+    codes, first, back = np.unique(at_N % max(1, len(labels)), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.argsort(order)
+    return [labels[code] for code in codes[order]], place[back]
+
+
+def _totals(at_N: np.ndarray, values_QN: np.ndarray, labels: int) -> np.ndarray:
+    """Sums by label, float64 [Q, labels]: in the order of the rows, without sorting them."""
+    return np.array([np.bincount(at_N, row, labels) for row in values_QN]).reshape(len(values_QN), labels)
 
 
 def source_rows(stages: Sequence[StageSums], query: int) -> list[dict[str, Any]]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from trainer_attrib.analysis.retrieval.best import best_places
 from trainer_attrib.analysis.retrieval.groups import StageSums
+from trainer_attrib.analysis.retrieval.plan import Plan
 from trainer_attrib.analysis.retrieval.visits import PartVisits, means, named
 
 
 @dataclass(frozen=True)
 class PartSums:
-    """Scores of a part's examples, summed over their rows in it, float64 [Q, N]; and the sums over groups of rows."""
+    """Scores of a part's examples, summed over their rows in it, [Q, N]; and the sums over groups of rows."""
 
     visits: PartVisits
     sums: np.ndarray
@@ -25,39 +27,56 @@ class TopK:
     """What can still be among the best, of the examples of one part.
 
     Args:
+        ids: of those of its examples that are told of below, [C].
+        last_steps: of each in this part, [C].
         scores: of both ends of those that are in no other part, largest first, float32 [2, Q, K].
-        places: which of the part's examples they are of, [2, Q, K].
-        open: the part's examples that are in other parts too, [M].
-        open_sums: of their scores in this part, float64 [Q, M].
+        places: which of the C they are of, [2, Q, K].
+        open_sums: of the scores in this part of the examples that are in other parts too, [Q, M].
+        ended: which of the C are those of the M that are in no later part, [E].
         groups: sums over groups of all rows; None where they were not asked for.
     """
 
+    ids: pa.StringArray
+    last_steps: np.ndarray
     scores: np.ndarray
     places: np.ndarray
-    open: np.ndarray
     open_sums: np.ndarray
+    ended: np.ndarray
     groups: StageSums | None
 
 
-def top_k(found: PartSums, closed: np.ndarray, queries: slice, keep: int, *, sums: bool, groups: bool) -> TopK:
+def top_k(found: PartSums, plan: Plan, number: int, queries: slice, keep: int, *, sums: bool, groups: bool) -> TopK:
     """The answer of a part to which scores are the best, small whatever the size of the part.
 
     Args:
         found: all scores of the part.
-        closed: whether each of its examples is in no other part, [N].
+        plan: of all parts.
+        number: of the part in it.
         queries: that are asked about.
         keep: K.
         sums: an example's score is the sum over its rows, not their mean.
         groups: whether sums over groups are wanted.
     """
-    at, open_at = np.flatnonzero(closed), np.flatnonzero(~closed)
-    asked_QN = found.sums[queries]
-    scores_QN = means(asked_QN if len(at) == len(closed) else asked_QN[:, at], found.visits.counts[at], sums=sums)
+    visits, asked_QN = found.visits, found.sums[queries]
+    open_M, _, ended_M = plan.open_in(number)
+    closed_N = np.ones(len(visits.ids), bool)
+    closed_N[open_M] = False
+    at = np.flatnonzero(closed_N)
+    scores_QN = means(asked_QN[:, at] if len(open_M) else asked_QN, visits.counts[at], sums=sums)
 
     def ids(_: int, places: np.ndarray) -> np.ndarray:
-        return named(found.visits.ids, at[places])
+        return named(visits.ids, at[places])
 
     both = [best_places(scores_QN, keep, ids, largest=end) for end in (True, False)]
     scores = np.stack([np.take_along_axis(scores_QN, places, 1) for places in both])
-    open_sums = asked_QN[:, open_at]
-    return TopK(scores, np.stack([at[places] for places in both]), open_at, open_sums, found.groups if groups else None)
+    places, ended = np.stack([at[places] for places in both]), open_M[ended_M]
+    told, back = np.unique(np.concatenate([places.ravel(), ended]), return_inverse=True)
+    return TopK(
+        ids=visits.ids.take(pa.array(told)),
+        last_steps=visits.last_steps[told],
+        scores=scores,
+        places=back[: places.size].reshape(places.shape),
+        open_sums=asked_QN[:, open_M],
+        ended=back[places.size :],
+        groups=found.groups if groups else None,
+    )

@@ -5,6 +5,7 @@ In this order everywhere: the sums are the same bits whichever process scored a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,8 +35,8 @@ class PartVisits:
 
     Args:
         ids: [N].
-        counts: rows of each, [N].
-        last_steps: of each, [N].
+        counts: rows of each, int32 [N].
+        last_steps: of each, int32 [N].
     """
 
     ids: pa.StringArray
@@ -48,19 +49,30 @@ def named(ids: pa.Array, places: np.ndarray) -> np.ndarray:
     return np.array(ids.take(pa.array(places)).to_pylist(), dtype=str)
 
 
+def numbered(ids: Sequence[pa.Array]) -> tuple[pa.LargeStringArray, np.ndarray]:
+    """Different ids in the order in which they first appear, and which of them each is, int32 [N]."""
+    parts = [part.cast(pa.large_string()) for part in ids]  # strings of 32 bits end at 2 GB of them
+    coded = pa.chunked_array(parts, pa.large_string()).dictionary_encode()
+    if not coded.num_chunks:
+        return pa.array([], pa.large_string()), np.zeros(0, np.int32)
+    at = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in coded.chunks]
+    return coded.chunk(0).dictionary, np.concatenate(at)
+
+
 def part_visits(table: pa.Table) -> tuple[PartVisits, np.ndarray]:
     """The examples of some rows, and which of them each row is of, [rows]."""
     encoded = table["example"].combine_chunks().dictionary_encode()
     ids, at = encoded.dictionary, encoded.indices.to_numpy(zero_copy_only=False)
-    counts, last_steps = np.bincount(at, minlength=len(ids)), np.zeros(len(ids), np.int64)
-    np.maximum.at(last_steps, at, table["step"].to_numpy())
+    counts, last_steps = np.bincount(at, minlength=len(ids)).astype(np.int32), np.zeros(len(ids), np.int32)
+    np.maximum.at(last_steps, at, table["step"].to_numpy().astype(np.int32))
     return PartVisits(ids, counts, last_steps), at
 
 
 def part_sums(at: np.ndarray, examples: int, scores_QN: np.ndarray) -> np.ndarray:
-    """Sums of the scores of the rows of each example, float64 [Q, examples], in the order of the rows."""
-    if len(at) == examples:  # one row each, in their order
-        return scores_QN.astype(np.float64)
+    """Sums of the scores of the rows of each example, [Q, examples], in the order of the rows: float64, or where there
+    is one row each what they were."""
+    if len(at) == examples:  # in their order
+        return scores_QN
     order = np.argsort(at, kind="stable")
     starts = np.searchsorted(at[order], np.arange(examples))
     return np.add.reduceat(scores_QN[:, order], starts, axis=1, dtype=np.float64)
@@ -71,8 +83,8 @@ class Visits:
     """Examples by number, how often each was visited, and when for the last time."""
 
     index: dict[str, int] = field(default_factory=dict)
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    last_steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    last_steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def add(self, part: PartVisits) -> np.ndarray:
         """Count the visits of a part; returns the number of each of its examples. New ones are given the next."""
@@ -91,14 +103,15 @@ def means(sums_QN: np.ndarray, counts_N: np.ndarray, *, sums: bool) -> np.ndarra
 
 
 def grown(values: np.ndarray, length: int) -> np.ndarray:
-    """The values with zeros after them. Room is doubled, so that adding many parts takes linear time."""
-    if length <= len(values):
+    """The values [..., N] with zeros after them. Room is doubled, so that adding many parts takes linear time."""
+    held = values.shape[-1]
+    if length <= held:
         return values
     base = values.base if isinstance(values.base, np.ndarray) else values
-    if length > len(base):
-        base = np.zeros((max(length, 2 * len(values)), *values.shape[1:]), values.dtype)
-        base[: len(values)] = values
-    return base[:length]
+    if length > base.shape[-1]:
+        base = np.zeros((*values.shape[:-1], max(length, 2 * held)), values.dtype)
+        base[..., :held] = values
+    return base[..., :length]
 
 
 class AllScores:
@@ -111,15 +124,16 @@ class AllScores:
 
     def __init__(self, queries: int, *, sums: bool) -> None:
         self._sums, self._visits = sums, Visits()
-        self._scores_NQ = np.zeros((0, queries))
+        self._scores_QN = np.zeros((queries, 0))
 
     def add(self, part: PartVisits, sums_QN: np.ndarray) -> None:
         """Take in the examples of one part and the sums of their rows' scores."""
         numbers_N = self._visits.add(part)
-        self._scores_NQ = grown(self._scores_NQ, len(self._visits.index))
-        self._scores_NQ[numbers_N] += sums_QN.T
+        self._scores_QN = grown(self._scores_QN, len(self._visits.index))
+        in_order = len(numbers_N) and bool((np.diff(numbers_N) == 1).all())  # a slice is added to many times faster
+        self._scores_QN[:, slice(numbers_N[0], numbers_N[-1] + 1) if in_order else numbers_N] += sums_QN
 
     def found(self) -> Found:
         """The scores of all examples."""
-        scores = means(self._scores_NQ.T, self._visits.counts, sums=self._sums)
+        scores = means(self._scores_QN, self._visits.counts, sums=self._sums)
         return Found(list(self._visits.index), self._visits.last_steps, scores)
