@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,7 @@ class Storage:
             LedgerFormatError: a symbolic link inside the ledger leads out of it.
         """
         path = f"{self._root.rstrip('/')}/{name}" if name else self._root
-        if self.local and name and not _is_within(path, self._root):
+        if self.local and name and not self._is_within(name, path):
             raise LedgerFormatError(
                 f"{path} leads out of the ledger, to {os.path.realpath(path)}.",
                 cause="a symbolic link; in a ledger from elsewhere it could point to any file of yours.",
@@ -49,14 +50,24 @@ class Storage:
             )
         return path
 
+    def _is_within(self, name: str, path: str) -> bool:
+        """Whether a path stays below the root: nothing on the way is a link, or all links lead to below it."""
+        steps = name.split("/")
+        below = itertools.accumulate(steps, "{}/{}".format, initial=self._root.rstrip("/"))
+        if ".." not in steps and not any(os.path.islink(part) for part in itertools.islice(below, 1, None)):
+            return True
+        return os.path.realpath(path).startswith(os.path.realpath(self._root).rstrip(os.sep) + os.sep)
+
     def exists(self, name: str) -> bool:
         """Whether the file or folder is there."""
-        return bool(self._fs.exists(self.path(name)))
+        path = self.path(name)
+        return os.path.exists(path) if self.local else bool(self._fs.exists(path))
 
     def size(self, name: str) -> int:
         """Bytes of a file; 0 if it is missing."""
+        path = self.path(name)
         try:
-            return int(self._fs.info(self.path(name))["size"] or 0)
+            return os.stat(path).st_size if self.local else int(self._fs.info(path)["size"] or 0)
         except FileNotFoundError:
             return 0
 
@@ -74,13 +85,16 @@ class Storage:
         Raises:
             LedgerNotFoundError: there is no such file.
         """
+        path = self.path(name)
         try:
-            if self.local and not os.path.isfile(self.path(name)):  # a pipe or a device would never end
+            if not self.local:
+                return self._fs.cat_file(path)
+            if not os.path.isfile(path):  # a pipe or a device would never end
                 raise FileNotFoundError
-            return self._fs.cat_file(self.path(name))
+            return Path(path).read_bytes()
         except FileNotFoundError:
             raise LedgerNotFoundError(
-                f"{self.path(name)} does not exist.", fix="run `trainer-attrib verify` to see what else is missing."
+                f"{path} does not exist.", fix="run `trainer-attrib verify` to see what else is missing."
             ) from None
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -212,11 +226,6 @@ class Storage:
                 cause="the directory is read-only, a file stands in its place, or the disk is full.",
                 fix="choose another ledger directory, or make room or change permissions; what was sealed is intact.",
             ) from None
-
-
-def _is_within(path: str, root: str) -> bool:
-    real = os.path.realpath(root)
-    return os.path.realpath(path).startswith(real.rstrip(os.sep) + os.sep)
 
 
 def _refuse_constant(name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -82,7 +81,7 @@ def _are_steps(numbers: np.ndarray) -> bool:
 
 def _parsed(data: bytes, rows: int | None, columns: Collection[str] | None) -> pa.Table:
     """The table, if what it says of itself is what is known of it."""
-    file = pq.ParquetFile(io.BytesIO(data))
+    file = pq.ParquetFile(pa.BufferReader(data))
     about = file.metadata
     if rows is not None and about.num_rows != rows:
         raise ValueError(f"{about.num_rows} rows, expected {rows}")

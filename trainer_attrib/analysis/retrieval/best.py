@@ -21,14 +21,19 @@ def best_places(scores_QN: np.ndarray, keep: int, ids: Ids, *, largest: bool) ->
     count = scores_QN.shape[1]
     if count <= keep:
         return np.broadcast_to(np.arange(count), (len(scores_QN), count))
-    keys_QN = np.where(np.isnan(scores_QN), -np.inf, scores_QN if largest else -scores_QN)
-    places_QK = np.argpartition(keys_QN, count - keep, axis=1)[:, count - keep :]
+    unknown_QN = np.isnan(scores_QN)
+    keys_QN = np.where(unknown_QN, -np.inf if largest else np.inf, scores_QN) if unknown_QN.any() else scores_QN
+    if largest:
+        places_QK = np.argpartition(keys_QN, count - keep, axis=1)[:, count - keep :]
+    else:
+        places_QK = np.argpartition(keys_QN, keep - 1, axis=1)[:, :keep]
     chosen_QK = np.take_along_axis(keys_QN, places_QK, 1)
-    bars_Q1 = chosen_QK.min(1, keepdims=True)
+    bars_Q1 = (chosen_QK.min if largest else chosen_QK.max)(1, keepdims=True)
     tied_Q = (keys_QN == bars_Q1).sum(1) > (chosen_QK == bars_Q1).sum(1)
     for query in np.flatnonzero(tied_Q).tolist():
         keys_N, bar = keys_QN[query], bars_Q1[query, 0]
-        sure, tied = np.flatnonzero(keys_N > bar), np.flatnonzero((keys_N == bar) & ~np.isnan(scores_QN[query]))
+        sure = np.flatnonzero(keys_N > bar if largest else keys_N < bar)
+        tied = np.flatnonzero((keys_N == bar) & ~unknown_QN[query])
         if len(sure) + len(tied) >= keep:  # otherwise what ties are NaN
             first = rank(scores_QN[query, tied], ids(query, tied), keep - len(sure), largest=largest)
             places_QK[query] = np.concatenate([sure, tied[first]])

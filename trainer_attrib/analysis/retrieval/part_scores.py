@@ -70,13 +70,15 @@ def top_k(found: PartSums, plan: Plan, number: int, queries: slice, keep: int, *
     both = [best_places(scores_QN, keep, ids, largest=end) for end in (True, False)]
     scores = np.stack([np.take_along_axis(scores_QN, places, 1) for places in both])
     places, ended = np.stack([at[places] for places in both]), open_M[ended_M]
-    told, back = np.unique(np.concatenate([places.ravel(), ended]), return_inverse=True)
+    told_N = np.zeros(len(closed_N), bool)
+    told_N[places], told_N[ended] = True, True
+    told, number_N = np.flatnonzero(told_N), np.cumsum(told_N) - 1
     return TopK(
         ids=visits.ids.take(pa.array(told)),
         last_steps=visits.last_steps[told],
         scores=scores,
-        places=back[: places.size].reshape(places.shape),
+        places=number_N[places],
         open_sums=asked_QN[:, open_M],
-        ended=back[places.size :],
+        ended=number_N[ended],
         groups=found.groups if groups else None,
     )
