@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from trainer_attrib import Ledger, SketchConfig
+from tests.analysis.stages import margins, three_stages
+from trainer_attrib import Analyzer, Ledger, SketchConfig
 from trainer_attrib.analysis.influence import influence
 from trainer_attrib.analysis.recipes.recipe import Question
 from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.errors import LedgerNotFoundError, MissingExtraError
 from trainer_attrib.execution.runner import Serial
-from trainer_attrib.ledger.lance_rows import LanceReader, export_lance
+from trainer_attrib.ledger.lance_rows import LanceReader, LanceTables, export_lance
 from trainer_attrib.testing.zoo import LinearOnThreeAxes
 
 
@@ -60,3 +61,16 @@ def test_rows_of_the_table_are_those_of_the_ledger(
     table = lance.dataset(url)
     assert table.to_table(filter="step = 2", columns=["example"]).num_rows == 4
     assert {tuple(index.field_names) for index in table.describe_indices()} == {("example",), ("step",), ("source",)}
+
+
+def test_an_analyzer_scores_the_rows_of_tables(tmp_path: Path) -> None:
+    pytest.importorskip("lance")
+    run = three_stages(tmp_path / "ledger")
+    analyzer, url = Analyzer(run.ledger, run.model), str(tmp_path / "second.lance")
+    export_lance(analyzer.lineage[1], url)
+    for keep in (None, 3):
+        asked = {"recipe": "tracin", "keep": keep, "where": Where(steps=(5, 12))}
+        expected = analyzer.influence([margins()], ["second", "third"], **asked)
+        found = analyzer.influence([margins()], ["second", "third"], source=LanceTables({"second": url}), **asked)
+        assert found.to_table().equals(expected.to_table())
+        assert found.by_steps(2).equals(expected.by_steps(2))

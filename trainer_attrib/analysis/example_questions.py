@@ -29,6 +29,7 @@ from trainer_attrib.analysis.self_influence import SelfInfluence, self_influence
 from trainer_attrib.analysis.suspects import DEFAULT_RECIPE, Suspects
 from trainer_attrib.analysis.verification import Removed, Verification, verify_removal
 from trainer_attrib.errors import ConfigurationError
+from trainer_attrib.ledger.lance_rows import LanceTables
 from trainer_attrib.ledger.passes import PassReader
 from trainer_attrib.ledger.reader import StageReader
 
@@ -48,7 +49,7 @@ class ExampleQuestions(Opened):
         controls: Sequence[str] = CONTROLS,
         where: Where | None = None,
         keep: int | None = None,
-        source: str | Snapshots = "training",
+        source: str | Snapshots | LanceTables = "training",
         candidates: Faiss | None = None,
     ) -> Influence:
         """Scores of training examples for every query.
@@ -72,7 +73,8 @@ class ExampleQuestions(Opened):
             keep: hold the scores of so many examples at either end of each ranking only, for ledgers whose scores do
                 not fit into memory. They are the same as without it.
             source: of rows: ``"training"``, those captured then; ``"snapshot"``, those of the given data at the stage's
-                end, or ``Snapshots(names)`` (:meth:`sketch` makes what is not there yet).
+                end, or ``Snapshots(names)`` (:meth:`sketch` makes what is not there yet); ``LanceTables(urls)``, those
+                of training, from exported tables.
             candidates: with ``keep``, score only what an approximate index proposes, with its recall in the caveats.
 
         Raises:
@@ -257,11 +259,13 @@ class ExampleQuestions(Opened):
         behaviors: Sequence[Behavior],
         stages: Sequence[StageReader],
         data: Mapping[str, Examples],
-        source: str | Snapshots,
+        source: str | Snapshots | LanceTables,
         programs: Mapping[str, Program] | None = None,
     ) -> Question:
-        """With the rows of passes, made where they are missing, if the source says so."""
-        if states := source_of(source):
+        """With the rows of passes, made where they are missing, or of exported tables, if the source says so."""
+        if isinstance(source, LanceTables):
+            stages = [source.reader(stage) for stage in stages]
+        elif states := source_of(source):
             scored = {stage.name for stage in stages}
             self.sketch({name: given for name, given in data.items() if name in scored}, states.names)
             stages = [PassReader(stage, states.names) for stage in stages]

@@ -6,7 +6,8 @@ have, and everything else that is known of the stage, stays in the ledger.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +90,26 @@ class LanceReader(StageReader):
         fragment, codec = self._fragments[part.entry["fragment"]], self.codec(self.meta["sketch"]["dtype"])
         records = LanceRecords(fragment, codec.record, part.entry["rows"])
         return RowBlock(fragment.to_table(columns=ROWS.names).cast(ROWS), StoredRows(records, codec))
+
+
+@dataclass(frozen=True)
+class LanceTables:
+    """Tables that :func:`export_lance` wrote, as the source of an analyzer's rows: ``influence(..., source=this)``.
+
+    Args:
+        urls: of tables, by the names of their stages; other stages are read from their ledger.
+    """
+
+    urls: Mapping[str, str]
+
+    def reader(self, stage: StageReader) -> StageReader:
+        """Of a stage.
+
+        Raises:
+            MissingExtraError: Lance is not installed.
+            LedgerNotFoundError: there is no such table.
+        """
+        return LanceReader(stage, self.urls[stage.name]) if stage.name in self.urls else stage
 
 
 class LanceRecords:

@@ -72,7 +72,7 @@ def top_k(found: PartSums, plan: Plan, number: int, queries: slice, keep: int, *
     places, ended = np.stack([at[places] for places in both]), open_M[ended_M]
     told_N = np.zeros(len(closed_N), bool)
     told_N[places], told_N[ended] = True, True
-    told, number_N = np.flatnonzero(told_N), np.cumsum(told_N) - 1
+    told, number_N = np.flatnonzero(told_N), np.cumsum(told_N, dtype=np.int32) - 1
     return TopK(
         ids=visits.ids.take(pa.array(told)),
         last_steps=visits.last_steps[told],
