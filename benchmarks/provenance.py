@@ -100,7 +100,10 @@ TABLES = {
     "scale": Table(
         "scale",
         ("rows", "GB", "CPU s per GB", "over bare products", "peak MB", "of which before", "speedup, 2 processes",
-         "same answer"),
+         "2 scans at once", "same answer"),
+    ),
+    "query_latency": Table(
+        "query_latency", ("who", "first answer", "next answers", "memory over the rows' bytes", "bytes per row")
     ),
     "stage_effects": Table(
         "stage_effects", ("method", "pearson", "rel. error"), "regime",

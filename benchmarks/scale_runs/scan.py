@@ -16,18 +16,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from memory import peak
 from retrieval import question, raw, recorded
 from torch import nn
 
 from trainer_attrib import Ledger
 from trainer_attrib.analysis.influence import influence
 from trainer_attrib.execution.choice import runner_of
-
-
-def peak() -> int:
-    """Bytes that this program has had in memory at most; what resource.getrusage says began with the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:
