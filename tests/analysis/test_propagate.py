@@ -139,8 +139,9 @@ def test_adam_is_closer_than_leaving_the_displacement_as_it_was(tmp_path, kind):
     loops = {s: regression(s, kind, 0.03 if s == "first" else 0.003, steps=40) for s in STAGES}
     lineage = run(tmp_path / "run", loops)
     stage = lineage.stages[0]
-    for method in (Propagate(**WHOLE), Propagate(thin=1)):
-        assert missed(lineage, stage, method) < 0.25 * missed(lineage, stage, Subtract())
+    simple = missed(lineage, stage, Subtract())
+    assert missed(lineage, stage, Propagate(**WHOLE)) < 0.12 * simple
+    assert missed(lineage, stage, Propagate(batches=2, thin=1)) < 0.25 * simple
 
 
 def effects_of(run, method, behavior):
@@ -173,11 +174,10 @@ def test_a_classifier_s_gentle_later_stages(tmp_path, kind):
         assert missed(lineage, stage, Propagate(**WHOLE)) < 0.5 * missed(lineage, stage, Subtract())
 
 
-@pytest.mark.parametrize("kind", ["adamw", "momentum"])
 @pytest.mark.parametrize("trained", ["", "left"])
-def test_carrying_back_is_the_adjoint(tmp_path, kind, trained):
+def test_carrying_back_is_the_adjoint(tmp_path, trained):
     """<carry back q, d> = <q, carry d>, whatever q and d, also through weights that later stages froze."""
-    loops = {s: regression(s, kind, 0.01, trained="" if s == "first" else trained) for s in STAGES}
+    loops = {s: regression(s, "momentum", 0.01, trained="" if s == "first" else trained) for s in STAGES}
     lineage = run(tmp_path / "run", loops)
     method, first = Propagate(products=20, batches=1.0, thin=2), lineage.stages[0]
     gradient = next(iter(gradients(lineage.model, outputs(), dict(lineage.model.named_parameters()))))
@@ -188,8 +188,31 @@ def test_carrying_back_is_the_adjoint(tmp_path, kind, trained):
     assert abs(inner(back, change) - inner(gradient, change)) > 1e-3 * abs(inner(gradient, change))
 
 
+@pytest.mark.parametrize("trained", ["", "left"])
+def test_through_adam_it_is_the_adjoint_for_small_displacements_and_rates(tmp_path, trained):
+    """What is left is of second order in the learning rate: exp(-a) back, 1 - a forward."""
+    errors = {}
+    for lr in (4e-4, 2e-4):
+        loops = {
+            s: regression(s, "adamw", 0.01 if s == "first" else lr, trained="" if s == "first" else trained)
+            for s in STAGES
+        }
+        lineage = run(tmp_path / f"{lr}", loops)
+        first, effort = lineage.stages[0], Effort(**WHOLE)
+        gradient = next(iter(gradients(lineage.model, outputs(), dict(lineage.model.named_parameters()))))
+        change = {name: value / 1e6 for name, value in lineage.timeline.change(first).items()}
+        carried = change
+        for later in lineage.later(first):
+            carried = Passage(lineage, later, effort).forward(carried)
+        back = Propagate(**WHOLE).carry_back(lineage, first, gradient)
+        pulled = inner(gradient, carried) - inner(gradient, change)
+        errors[lr] = abs((inner(back, change) - inner(gradient, carried)) / pulled)
+    assert errors[4e-4] < 0.05
+    assert 1.7 < errors[4e-4] / errors[2e-4] < 2.3  # relative to the pull, which is of first order
+
+
 def test_one_sweep_gives_the_effects_of_all_stages(tmp_path):
-    loops = {s: regression(s, "adamw", 0.01) for s in STAGES}
+    loops = {s: regression(s, "momentum", 0.01) for s in STAGES}
     lineage = run(tmp_path / "run", loops)
     method = Propagate(products=20, batches=1.0, thin=2, read_out="dot")
     gradient = list(gradients(lineage.model, outputs(), dict(lineage.model.named_parameters())))[3]
@@ -208,7 +231,7 @@ def test_the_price_is_at_least_the_cost_and_small(tmp_path):
         found = method.estimate(lineage, lineage.stages[0])
         assert 0 < found.cost <= method.price(lineage, lineage.stages[0])
     whole = Propagate(thin=1).estimate(lineage, lineage.stages[1])
-    assert whole.cost == pytest.approx(2 + 1.3 + 2 * 1.3)  # one batch's worth
+    assert whole.cost == pytest.approx(2 * 2)  # two batches' worth
 
 
 def test_the_model_and_the_random_states_are_left_alone(tmp_path):
@@ -239,11 +262,11 @@ def test_what_cannot_be_propagated_is_refused_before_anything_runs(tmp_path):
 
 
 def test_a_classifier_of_losses_alone_is_not_thinned(tmp_path):
-    """Losses of unknown examples: one whole batch, which counts as one."""
+    """Losses of unknown examples: two whole batches, which count as two."""
     run = three_stages(tmp_path / "run")
     x, y = run.data["third"]
     programs = {**run.loops, "third": lambda m: [lambda: F.cross_entropy(m(x[:6]), y[:6]) for _ in range(16)]}
     lineage = lineage_of(run.ledger, run.model, programs, margins())
     found = Propagate().estimate(lineage, lineage.stages[1])
-    assert found.cost == pytest.approx(2 + 1.3 + 2 * 1.3)
+    assert found.cost == pytest.approx(2 * 2)
     assert missed(lineage_of(run.ledger, run.model, run.loops, margins()), lineage.stages[1], Propagate()) > 0

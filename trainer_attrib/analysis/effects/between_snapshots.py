@@ -47,13 +47,21 @@ class BetweenSnapshots:
         A gradient of SGD moves a weight by lr * (1 + momentum + momentum^2 + ...), up to the stage's end: what is left
         in the buffer then is dropped with the optimizer.
         """
-        rates = self._sums(first, last, self._reach)
-        if self._sgd:
+        rates = self.rates(first, last)
+        if not self.adaptive:
             return rates
+        speeds, directions = self.speeds((first + last) / 2), self.directions((first + last) / 2)
+        slack = {name: 1 - direction.square() for name, direction in directions.items()}
+        return {name: rate * speeds[name] * slack[name] for name, rate in rates.items() if name in speeds}
+
+    def rates(self, first: int, last: int) -> Named:
+        """Sums of learning rates in the steps from ``first`` up to ``last``; for SGD what momentum makes of them."""
+        return self._sums(first, last, self._reach)
+
+    def speeds(self, step: float) -> Named:
+        """Adam's 1 / (root of the second moment + epsilon) at a step; 0 where there was no gradient so far."""
         recorded = {e["name"]: e["step"] for e in self._stage.meta["snapshots"] if "moments" in e}
-        speeds = _between(recorded, self._speeds, (first + last) / 2)
-        slack = self._slack((first + last) / 2)
-        return {name: rate * speeds[name].double() * slack[name] for name, rate in rates.items() if name in speeds}
+        return {name: speed.double() for name, speed in _between(recorded, self._speeds, step).items()}
 
     def decay(self, first: int, last: int) -> Named:
         """What weight decay alone leaves of a displacement from one step to another, exactly: 1 - lr * wd at every
@@ -73,7 +81,7 @@ class BetweenSnapshots:
         state, remains = SGDState(torch.ones(()).double(), torch.zeros(()).double()), [1.0]
         for step, row in enumerate(self.rows):
             rate, decay = row["learning_rate"][group], row["weight_decay"][group]
-            if self._sgd:
+            if not self.adaptive:
                 rule = SGDSettings(
                     learning_rate=rate, momentum=row["beta1"][group], nesterov=bool(settings.get("nesterov")),
                     weight_decay=decay,
@@ -86,7 +94,7 @@ class BetweenSnapshots:
 
     def curvature_of_decay(self, first: int, last: int) -> Named:
         """Weight decay that Adam adds to the gradients, as the curvature that it is; mean over the steps."""
-        if self._sgd or self._optimizer["decoupled_weight_decay"]:
+        if not self.adaptive or self._optimizer["decoupled_weight_decay"]:
             return {}
         sums = self._sums(first, last, lambda row, group, _: row["weight_decay"][group] / (last - first))
         return {name: total for name, total in sums.items() if total}
@@ -97,13 +105,14 @@ class BetweenSnapshots:
         return [name for group in self._optimizer["groups"] for name in group["parameters"]]
 
     @property
-    def _sgd(self) -> bool:
-        return self._optimizer["class"].endswith(".SGD")
+    def adaptive(self) -> bool:
+        """Whether the optimizer is Adam or AdamW, and not SGD."""
+        return not self._optimizer["class"].endswith(".SGD")
 
     def _reach(self, row: dict[str, Any], group: int, step: int) -> float:
         """How far a unit of gradient at a step moves a weight until the stage's end; Adam's momentum is a mean, which
         does not lengthen it."""
-        momentum = row["beta1"][group] if self._sgd else 0.0
+        momentum = 0.0 if self.adaptive else row["beta1"][group]
         return row["learning_rate"][group] * (1 - momentum ** (len(self.rows) - step)) / (1 - momentum)
 
     def _sums(self, first: int, last: int, of: Callable[[dict[str, Any], int, int], float]) -> Named:
@@ -115,13 +124,10 @@ class BetweenSnapshots:
             found.update(dict.fromkeys(group["parameters"], total))
         return found
 
-    def _slack(self, step: float) -> Named:
-        """Which part of a change of the gradient moves a weight although Adam divides by what the gradients are.
-
-        Mean and second moment of gradients that all change by a: d(m / sqrt(v)) = a / sqrt(v) - m * 2 m a / (2 v^1.5) =
-        a / sqrt(v) * (1 - m^2 / v). Where gradients are all alike (as all are in a fresh optimizer's first step), Adam
-        moves by the learning rate whatever their size, and a change has no effect. m / sqrt(v) is how far the weight
-        moved between the snapshots around the step, over the learning rates.
+    def directions(self, step: float) -> Named:
+        """Adam's mean of the gradients over the root of their mean square at a step, from -1 to 1: how far the weight
+        moved between the snapshots around the step, over the learning rates. Where gradients are all alike (as all are
+        in a fresh optimizer's first step), it is their sign.
         """
         steps = sorted({entry["step"] for entry in self._stage.meta["snapshots"]})
         last = min((s for s in steps if s >= step), default=steps[-1])
@@ -129,7 +135,7 @@ class BetweenSnapshots:
         start, end, kept = self.weights(first), self.weights(last), self.decay(first, last)
         rates = self._sums(first, last, lambda row, group, _: row["learning_rate"][group])
         moved = {name: kept[name] * start[name].double() - end[name].double() for name in rates}
-        return {n: 1 - (m / rates[n]).nan_to_num(0.0).clamp(-1, 1).square() for n, m in moved.items()}
+        return {n: (m / rates[n]).nan_to_num(0.0).clamp(-1, 1) for n, m in moved.items()}
 
     def _speeds_at(self, snapshot: str) -> Named:
         """1 / (root of the second moment + epsilon); 0 where there was no gradient: such a weight did not move, and the

@@ -3,6 +3,12 @@
 A stage is cut into pieces of consecutive steps. In each, curvature A (Gauss-Newton, of one thinned batch of the piece)
 and the optimizer's metric P count as constant, P holding the sum of the learning rates. Where training pulls displaced
 weights by r(delta) = g(weights + delta) - g(weights) more than the recorded ones, g being the gradient after clipping,
+Adam moves them by (``numerics.update_rules.adam_drift``)
+
+    delta <- delta - (sum of learning rates) ((u + r / sqrt(v)) / sqrt(1 + 2 u r / sqrt(v) + r^2 / v) - u),
+
+u and v being its recorded mean movement and second moment: by no more than twice the learning rates, however large r
+is. SGD has no such bound, and there
 
     delta <- delta - P^(1/2) phi(P^(1/2) A P^(1/2)) P^(1/2) r(delta),    phi(a) = (1 - exp(-a)) / a,
 
@@ -34,6 +40,7 @@ from trainer_attrib.analysis.training_state import TrainingState, copy_model, pu
 from trainer_attrib.errors import NotComparableError
 from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.numerics.krylov import Spectral, apply_function, decay, response
+from trainer_attrib.numerics.update_rules import adam_drift
 from trainer_attrib.tap.names import parameters_by_name
 
 
@@ -43,7 +50,8 @@ class Effort:
 
     Args:
         products: of curvature with a vector, in every piece.
-        batches: whole batches' worth of examples in all pieces together.
+        batches: whole batches' worth of examples in all pieces together; twice as many for Adam, whose pull takes no
+            curvature.
         thin: a piece has one in so many of a batch's examples: there are about ``batches * thin`` pieces.
     """
 
@@ -51,9 +59,15 @@ class Effort:
     batches: float
     thin: int
 
+    def worth(self, stage: StageReader) -> float:
+        """Whole batches' worth of examples used of a stage, at least one."""
+        return max(self.batches * (2 if BetweenSnapshots(stage).adaptive else 1), 1.0)
+
     def price(self, stage: StageReader, driven: bool) -> float:
         """At most what carrying one vector through a stage costs, in gradients of a whole batch."""
-        most = min(max(self.batches, 1.0), stage.count("steps"))
+        most = min(self.worth(stage), stage.count("steps"))
+        if BetweenSnapshots(stage).adaptive:
+            return most * CHANGE
         products = 2 * self.products + 1 if driven else self.products
         return most * (SETUP + PRODUCT + CHANGE + DIFFERENCE * products)  # should the first one fail
 
@@ -134,14 +148,26 @@ class _Flow:
         metric, kept, added = record.metric(*span), record.decay(*span), record.curvature_of_decay(*span)
         self._root_P = self._flat(metric, 0.0).sqrt()
         self._kept_P, self._added_P = self._flat(kept, 1.0).sqrt(), self._flat(added, 0.0)
+        self._adam_P: tuple[Tensor, Tensor, Tensor] | None = None
+        if record.adaptive:
+            middle = (piece.first + piece.last) / 2
+            of_adam = record.rates(*span), record.speeds(middle), record.directions(middle)
+            rate_P, speed_P, direction_P = (self._flat(named, 0.0) for named in of_adam)
+            self._adam_P = rate_P, speed_P, direction_P
         self._frozen_P = self._flat(dict.fromkeys(record.trained, torch.zeros(())), 1.0)
 
     def forward(self, displacement: Displacement) -> Displacement:
         delta_P = self._kept_P * self._flat(displacement, 0.0)
         change_P = self._along(lambda vector: self._curvature.change(vector, self._clip), delta_P)
-        force_P = self._root_P * (change_P + self._added_P * delta_P)
-        result_P = delta_P - self._root_P * self._apply(force_P, response(1.0))
+        result_P = delta_P - self._pull(change_P + self._added_P * delta_P)
         return self._named(self._kept_P * result_P, displacement)
+
+    def _pull(self, change_P: Tensor) -> Tensor:
+        """How far a change of the gradient moves the weights, with the sign of the change."""
+        if self._adam_P is None:
+            return self._root_P * self._apply(self._root_P * change_P, response(1.0))
+        rate_P, speed_P, direction_P = self._adam_P
+        return rate_P * adam_drift(change_P, speed_P, direction_P)
 
     def backward(self, gradient: Displacement) -> Displacement:
         slope_P = self._kept_P * self._flat(gradient, 0.0)
@@ -193,7 +219,7 @@ def _over(numerator_P: Tensor, denominator_P: Tensor) -> Tensor:
 
 def _pieces(stage: StageReader, steps: Steps, effort: Effort) -> list[Piece]:
     """Pieces of equal length with the batch in the middle of each, as many as the effort allows."""
-    total, found, limit, spent = stage.count("steps"), list[Step](), max(effort.batches, 1.0) + 1e-9, 0.0
+    total, found, limit, spent = stage.count("steps"), list[Step](), effort.worth(stage) + 1e-9, 0.0
     wanted: set[int] = set()
     for number, step in zip(range(total), steps.steps(effort.thin), strict=False):
         if number == 0:

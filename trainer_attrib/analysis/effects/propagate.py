@@ -30,17 +30,19 @@ class Propagate:
     """The weights without the stage, from its displacement and a few batches of each later stage.
 
     Later stages pull a displacement back along the directions in which their loss is curved. Each is cut into pieces;
-    in each piece the displacement is pulled by the change that it makes to the gradient of one thinned batch, and
-    decays under that batch's Gauss-Newton matrix, in the metric of the optimizer, at weights between the recorded
-    snapshots. What it costs does not grow with the length of a stage: about six gradients of a batch. Good while later
-    stages train gently (learning rates well below those of the stage); with later learning rates like the stage's own
-    it misleads, and ``replay`` is worth its price.
+    in each piece the displacement is pulled by the change that it makes to the gradient of one thinned batch, at
+    weights between the recorded snapshots: as far as Adam lets it, or with SGD decaying under that batch's Gauss-Newton
+    matrix (``passage.py``). What it costs does not grow with the length of a stage: about four gradients of a batch
+    with Adam, six with SGD. Good while later stages train gently (learning rates well below those of the stage); with
+    later learning rates like the stage's own it misleads, and ``replay`` is worth its price.
 
     The error bar is the disagreement with ``subtract``, which leaves out what later stages did.
 
     Args:
-        products: of the curvature with a vector, per piece.
-        batches: whole batches' worth of examples used of a later stage.
+        products: of the curvature with a vector, per piece, where curvature is used: with SGD, and to carry gradients
+            back.
+        batches: whole batches' worth of examples used of a later stage that SGD trained; twice as many of one that Adam
+            trained, whose pull takes no curvature.
         thin: a piece has one in so many of a batch's examples: a later stage has about ``batches * thin`` pieces.
         read_out: ``"moved weights"``, or ``"dot"``: behavior gradients at the final weights times the displacement.
     """
@@ -54,7 +56,7 @@ class Propagate:
     instead = "method='replay'"
     caveat = (
         "propagate sees a few batches of each later stage: it leaves out momentum carried from stage to stage and how "
-        "Adam's second moments would have changed, and misleads where later stages train as fast as the stage did"
+        "the noise of gradients would have changed, and misleads where later stages train as fast as the stage did"
     )
 
     def check(self, lineage: Lineage, stage: StageReader) -> None:
