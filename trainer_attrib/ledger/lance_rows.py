@@ -76,8 +76,7 @@ class LanceReader(StageReader):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_fragments"}  # opened again elsewhere
 
-    @property
-    def visited_once(self) -> bool:
+    def visited_once(self, parts: Collection[RowPart]) -> bool:
         """False: which examples a fragment tells of is not known."""
         return False
 

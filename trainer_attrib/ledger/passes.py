@@ -140,8 +140,7 @@ class PassReader(StageReader):
         whole = {"sample": 1.0, "every_n_steps": 1, "dtype": self._made[0].meta["dtype"]}
         self.meta = {**self.meta, "sketch": {**self.meta["sketch"], **whole}}
 
-    @property
-    def visited_once(self) -> bool:
+    def visited_once(self, parts: Collection[RowPart]) -> bool:
         """False: an example has a row at every snapshot."""
         return False
 

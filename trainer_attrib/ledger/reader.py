@@ -128,14 +128,16 @@ class StageReader(StageTables):
             table, sketches = table.take(counts), sketches.take(counts)
         return RowBlock(table, sketches)
 
-    @property
-    def visited_once(self) -> bool:
-        """Whether it is known, without reading any table, that no example has more than one row.
+    def visited_once(self, parts: Collection[RowPart]) -> bool:
+        """Whether it is known, without reading any table, that no example has more than one row in some parts.
 
         A part tells of those examples whose first row is in it. Where it has as many rows, there are no others.
+
+        Args:
+            parts: all that :meth:`row_parts` listed at some time.
         """
         several = self.meta["processes"] > 1 or self.meta["resumed"]  # tell of some examples twice
-        return not several and all(part["rows"] == part["examples"] for part in self.parts())
+        return not several and all(part.entry["rows"] == part.entry["examples"] for part in parts)
 
     def examples_in(self, part: RowPart, columns: Collection[str]) -> pa.Table:
         """The examples that one part tells of: those whose first row is in it."""

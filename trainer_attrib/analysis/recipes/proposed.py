@@ -41,7 +41,7 @@ class Products:
         self, recipe: RowRecipe, question: Question, stage: StreamedStage, finder: Faiss, exact: Exact
     ) -> tuple[Found, list[str]]:
         """See :meth:`trainer_attrib.analysis.recipes.rows.Proposing.near`."""
-        shape = stage.keep.numpy().tobytes(), len(stage.reader.row_parts())
+        shape = stage.keep.numpy().tobytes(), len(stage.parts)
         key = (recipe, question.where, *shape) if self.fixed else None
         index = finder.index(stage.reader, key, lambda: _vectors(stage, question, self))
         if index.said is None:

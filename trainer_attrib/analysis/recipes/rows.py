@@ -110,7 +110,8 @@ def _collect(
     """All scores, or both ends of them; row by row they are added to the sums."""
     if question.keep is None:
         every = AllScores(queries, sums=recipe.sums_visits)
-        seen = FirstSeen(stage.reader) if stage.reader.visited_once else ByName(stage.reader.sources())
+        once = stage.reader.visited_once(stage.parts)
+        seen = FirstSeen(stage.reader) if once else ByName(stage.reader.sources())
         for found in stage.map(ScorePart(score, queries, seen), "scoring", question.where):
             every.add(found.visits, found.sums)
             sums.merge(found.groups)
@@ -131,7 +132,7 @@ def _collect(
 
 def _planned(question: Question, stage: StreamedStage) -> tuple[Plan, Sources]:
     """Which examples are in several parts, and the sources of all. Where no example can be, nothing is read."""
-    if stage.reader.visited_once:
+    if stage.reader.visited_once(stage.parts):
         return Plan.nothing_open(), FirstSeen(stage.reader)
     parts = list(stage.map(count_part, "counting", question.where))
     ids, at = numbered([part.ids for part in parts])

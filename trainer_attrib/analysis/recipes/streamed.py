@@ -219,14 +219,18 @@ class StreamedStage:
             large: answers are about as large as parts, so that up to 16 parts of a long ledger have one answer. How
                 many depends on the ledger alone, as sums must.
         """
-        self.tally = Tally()
-        parts = self.reader.row_parts()
+        self.tally, parts = Tally(), self.parts
         size = max(1, min(16, len(parts) // 64)) if large else 1
         tasks = [(number, parts[first : first + size]) for number, first in enumerate(range(0, len(parts), size))]
         asked = _OnParts(self._compared(where), work)
         for answer, tally in progress(self.runner.map(asked, tasks), f"{title} {self.reader.name}", len(tasks)):
             self.tally.add(tally)
             yield answer
+
+    @cached_property
+    def parts(self) -> list[RowPart]:
+        """Where its rows are: those that were there when it was first asked, for more may come. One process looks."""
+        return self.runner.once(self.reader.row_parts)
 
     def _compared(self, where: Where | None) -> Comparable:
         return Comparable(self.reader, self.keep, self.scale_free, where)
@@ -235,7 +239,7 @@ class StreamedStage:
         """Rows of one version, a few at a time, with their table; read here."""
         self.tally = Tally()
         rows = self._compared(where)
-        for place in progress(self.reader.row_parts(), f"{title} {self.reader.name}"):
+        for place in progress(self.parts, f"{title} {self.reader.name}"):
             parts, tally = rows.of(place)
             self.tally.add(tally)
             for part in parts:
