@@ -126,8 +126,8 @@ TABLES = {
     ),
     "forecast_poison": Table(
         "forecast_poison",
-        ("seed", "planted found", "of those not by chance", "trait removed, reweight", "useful kept, reweight",
-         "trait removed, drop", "useful kept, drop"),
+        ("seed", "planted found", "planted found, first slope", "of those not by chance", "trait removed, reweight",
+         "useful kept, reweight", "trait removed, drop", "useful kept, drop"),
     ),
     "explorer": Table("explorer", ("what", "ms")),
     "forecast": Table("forecast", ("predictor", "R2", "R2, slope fitted", "within bar"), "regime"),
