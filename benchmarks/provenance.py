@@ -85,6 +85,9 @@ TABLES = {
     "capture_overhead": Table(
         "capture_overhead", ("run", "step", "standard error", "flop bound", "coverage", "bytes per example")
     ),
+    "distributed_overhead": Table(
+        "distributed_overhead", ("training", "processes", "run", "step", "standard error", "with writer", "mean")
+    ),
     "shadow_overhead": Table("shadow_overhead", ("run", "step", "standard error", "for the shadow", "bound")),
     "pass_cost": Table("pass_cost", ("model", "rows", "ratio", "±", "plain again", "bytes per example")),
     "row_norms": Table("row_norms", ("model", "learning rate", "batch", "raw", "corrected")),
