@@ -173,6 +173,18 @@ def test_sums_over_sources_and_steps_are_those_of_the_rows():
     assert len(step_rows([sums], 1, 4)) == 4
 
 
+@pytest.mark.parametrize("labels", [3, 100])
+def test_a_score_without_bounds_stays_in_its_group(labels):
+    sums, codes = StageSums("one"), np.arange(200) % labels
+    scores = np.ones((1, 200), np.float32)
+    scores[0, 1], scores[0, 2] = np.inf, np.nan
+    sums.add([str(n) for n in range(labels)], codes, codes, scores)
+    found = {row["source"]: row for row in source_rows([sums], 0)}
+    assert found["1"]["sum"] == np.inf
+    assert found["2"]["count"] == (codes == 2).sum() - 1
+    assert all(found[str(n)]["sum"] == (codes == n).sum() - (n == 2) for n in range(labels) if n != 1)
+
+
 @pytest.fixture(scope="module")
 def analyzer(tmp_path_factory):
     """Three stages of four epochs; every step is a part of its own."""

@@ -87,9 +87,7 @@ class _Directions:
     visits: int
 
     @staticmethod
-    def of(
-        view: View, slopes: Sequence[Displacement], places: Mapping[str, Tensor], examples: int
-    ) -> _Directions:  # fmt: skip
+    def of(view: View, slopes: Sequence[Displacement], places: Mapping[str, Tensor], examples: int) -> _Directions:
         """Of behaviors with these gradients."""
         found, squares = view.gradients, dict[str, Tensor]()
         metric = found.metric

@@ -202,7 +202,8 @@ def _together(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _examples_of(stage: StageReader, found: Found, runner: Runner) -> InfluenceExamples:
-    tables = runner.map(partial(stage.examples_of, frozenset(found.ids)), stage.example_parts())
+    parts = runner.once(stage.example_parts)  # more may be sealed while several processes look
+    tables = runner.map(partial(stage.examples_of, frozenset(found.ids)), parts)
     told = dict[str, tuple[str | None, str | None]]()
     for table in tables:
         columns = (table[name].to_pylist() for name in ("example", "source", "text"))

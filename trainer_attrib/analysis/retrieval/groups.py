@@ -87,8 +87,8 @@ def _used(labels: Sequence[Hashable], at_N: np.ndarray) -> tuple[list[Hashable],
 
 
 def _totals(at_N: np.ndarray, values_QN: np.ndarray, labels: int) -> np.ndarray:
-    """Sums by label, float64 [Q, labels], without sorting the rows."""
-    if labels <= FEW:
+    """Sums by label, float64 [Q, labels], without sorting the rows. Infinity times zero would reach other labels."""
+    if labels <= FEW and np.isfinite(values_QN).all():
         return values_QN.astype(np.float64) @ np.eye(labels)[at_N]
     return np.array([np.bincount(at_N, row, labels) for row in values_QN]).reshape(len(values_QN), labels)
 

@@ -64,7 +64,8 @@ class Control:
         errors = {name: part.factual[name] - whole[name] if name in part.factual else -whole[name] for name in told}
         if learn:
             self._learn(part.shadow, errors)
-        taken_out = {name: self.coefficient.to(error) * error for name, error in errors.items()}
+        coefficient = self.coefficient
+        taken_out = {name: coefficient.to(error) * error for name, error in errors.items()}
         found = {name: part.shadow[name] - e if name in part.shadow else -e for name, e in taken_out.items()}
         return {**whole, **found}
 
