@@ -9,6 +9,10 @@ per query           |error| / |true effect| of each query; median over all
 top-1               share of queries whose stage with the largest |effect| is the truly largest; mean over seeds, kinds
 cost                gradients of whole batches over the optimizer steps of the later stages
 bar spearman        of error bars and |errors|, over all queries, stages and seeds of a kind; mean over kinds
+cell oracle         the same of a bar that knew the root mean square error of every cell, which no method knows
+query oracle        the same of a bar that knew every query's standard error, were errors normal around 0 and standard
+                    errors log-normal: log |error| = log(standard error) + log |z|, and the last term, of the variance
+                    pi^2 / 8, is nothing that a bar can know; by simulation, the variance of log |error| being as it is
 of cells            the same of cells: norm(bars) / norm(effects) and the cell's rel. error
 covered             share of errors within their bars
 """
@@ -23,6 +27,8 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+ROUNDING = 1e-12
+"""Errors up to this are none."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ def permuted(truth: Sequence[Row]) -> list[Row]:
 def scored(regime: str, method: str, found: Sequence[Cell]) -> Row:
     """A row of the table."""
     each = np.concatenate([cell.errors / np.abs(cell.true) for cell in found])
-    inside = np.concatenate([cell.errors <= cell.bars + 1e-12 for cell in found])
+    inside = np.concatenate([cell.errors <= cell.bars + ROUNDING for cell in found])
+    kinds = _grouped(found, lambda c: c.behavior)
     return {
         "regime": regime,
         "method": method,
@@ -103,7 +110,9 @@ def scored(regime: str, method: str, found: Sequence[Cell]) -> Row:
         "per query": float(np.median(each)),
         "top-1": _mean(_top(group) for group in _grouped(found, lambda c: (c.regime, c.seed, c.behavior, c.order))),
         "cost": _mean(c.cost for c in found),
-        "bar spearman": _mean(_bars(group) for group in _grouped(found, lambda c: c.behavior)),
+        "bar spearman": _mean(_bars(group, [cell.bars for cell in group]) for group in kinds),
+        "cell oracle": _mean(_bars(group, [_alike(cell) for cell in group]) for group in kinds),
+        "query oracle": _mean(_knowable(group) for group in kinds),
         "of cells": correlation(ranks([c.relative_bar for c in found]), ranks([c.relative for c in found])),
         "covered": float(np.mean(inside)),
     }
@@ -142,10 +151,22 @@ def _top(group: Sequence[Cell]) -> float:
     return float(np.mean(np.nan_to_num(sizes, nan=np.inf).argmax(0) == true.argmax(0)))
 
 
-def _bars(group: Sequence[Cell]) -> float:
-    return correlation(
-        ranks(np.concatenate([cell.bars for cell in group])), ranks(np.concatenate([cell.errors for cell in group]))
-    )
+def _bars(group: Sequence[Cell], bars: Sequence[np.ndarray]) -> float:
+    return correlation(ranks(np.concatenate(bars)), ranks(np.concatenate([cell.errors for cell in group])))
+
+
+def _alike(cell: Cell) -> np.ndarray:
+    """The root mean square error for every query."""
+    return np.full_like(cell.errors, np.sqrt(np.mean(cell.errors**2)))
+
+
+def _knowable(group: Sequence[Cell]) -> float:
+    """How well standard errors rank errors, were they known."""
+    errors = np.concatenate([cell.errors for cell in group])
+    known = np.log(errors[np.isfinite(errors) & (errors > ROUNDING)])
+    spread = max(float(np.var(known)) - np.pi**2 / 8, 0.0) ** 0.5 if known.size else 0.0
+    standard, chance = np.random.default_rng(0).normal(size=(2, 50_000))
+    return correlation(ranks(spread * standard), ranks(spread * standard + np.log(np.abs(chance))))
 
 
 def _grouped(found: Sequence[Cell], key: Callable[[Cell], Any]) -> list[list[Cell]]:
