@@ -18,6 +18,7 @@ from trainer_attrib.analysis.error_queries import ErrorQueries
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.influence_results import Influence
 from trainer_attrib.analysis.opened import Opened
+from trainer_attrib.analysis.own_losses import LeaveOneOut, SelfGaussNewton
 from trainer_attrib.analysis.passes import Pass, Snapshots, sketch, source_of
 from trainer_attrib.analysis.programs import Program
 from trainer_attrib.analysis.recipes.directional import Directional
@@ -25,7 +26,7 @@ from trainer_attrib.analysis.recipes.recipe import Question, Recipe
 from trainer_attrib.analysis.recipes.tokens import token_scores
 from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.where import Where
-from trainer_attrib.analysis.self_influence import SelfInfluence, self_influence
+from trainer_attrib.analysis.self_influence import GIVEN, SelfInfluence, given_self_influence, self_influence
 from trainer_attrib.analysis.suspects import DEFAULT_RECIPE, Suspects
 from trainer_attrib.analysis.verification import Removed, Verification, verify_removal
 from trainer_attrib.errors import ConfigurationError
@@ -94,18 +95,33 @@ class ExampleQuestions(Opened):
         asked = replace(question, carried=carried, where=where, keep=keep, candidates=candidates)
         return influences.influence(asked, recipe, controls)
 
-    def self_influence(self, stage: str | None = None, metric: str = "fisher") -> SelfInfluence:
-        """How much training on each example of a stage changed that very example, from its captured rows: mislabelled
-        and odd examples come first. No behavior and no data are needed.
+    def self_influence(
+        self,
+        stage: str | None = None,
+        metric: str | SelfGaussNewton | LeaveOneOut = "fisher",
+        data: Mapping[str, Examples] | None = None,
+    ) -> SelfInfluence:
+        """How much training on each example of a stage changed that very example: mislabelled and odd examples come
+        first. No behavior is needed.
 
         Args:
             stage: the last one by default.
-            metric: ``"fisher"``, in the metric of all rows' second moments, or ``"plain"``, the squared norm.
+            metric: from the captured rows ``"fisher"``, in the metric of all rows' second moments, or ``"plain"``, the
+                squared norm; from given examples ``"leave_one_out"``, the loss that the model would have of an example
+                without it, or ``"gauss_newton"``, how much the example lowered its own loss, or an object with their
+                settings.
+            data: for the last two, all examples of the stage: stage name -> examples.
 
         Raises:
             ConfigurationError: another metric, or a stage without comparable rows.
+            MissingDataError: a metric that needs the examples, without them.
         """
-        return self_influence(self.lineage[-1] if stage is None else self._stage(stage), metric, self.runner)
+        chosen = self.lineage[-1] if stage is None else self._stage(stage)
+        asked = GIVEN.get(metric, metric) if isinstance(metric, str) else metric
+        if isinstance(asked, str):
+            return self_influence(chosen, asked, self.runner)
+        question = Question(self._view([]), [chosen], data or {})
+        return given_self_influence(question.lineage, chosen, question.examples_of(chosen, asked.name), asked)
 
     def suspects(
         self,

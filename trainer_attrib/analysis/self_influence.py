@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from trainer_attrib.analysis.effects.lineage import Lineage
+from trainer_attrib.analysis.examples import Examples
+from trainer_attrib.analysis.own_losses import LeaveOneOut, SelfGaussNewton, own_losses
 from trainer_attrib.analysis.recipes.streamed import Rows, StreamedStage
 from trainer_attrib.analysis.recipes.trackstar import training_moments
 from trainer_attrib.analysis.results import Result
@@ -22,11 +26,24 @@ from trainer_attrib.report.blocks import Bar, Bars, Block, Grid, Notes
 from trainer_attrib.tap.plan import SketchPlan
 
 METRICS, DAMPING, SHOWN = ("fisher", "plain"), 0.1, 20
+GIVEN = {"gauss_newton": SelfGaussNewton(), "leave_one_out": LeaveOneOut()}
+ODD = "a large self-influence is an odd example, not necessarily a wrong one: look at its loss too"
+BASELINE = "the loss beside it costs one forward pass and finds nearly as many wrong labels (docs/influence.md)"
 
 
 @dataclass(frozen=True)
 class SelfScore:
-    """One example: rank from 1, mean over its visits of the gradient's squared length in a metric, number of visits."""
+    """One example.
+
+    Args:
+        rank: from 1.
+        example: its id.
+        score: mean over its visits, or over recorded states of the model, of what the metric says.
+        visits: how many of these.
+        source: where it comes from.
+        text: how it is shown.
+        loss: that the model has of it, where the examples were given.
+    """
 
     rank: int
     example: str
@@ -34,11 +51,12 @@ class SelfScore:
     visits: int
     source: str | None
     text: str | None
+    loss: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
 class SelfInfluence(Result):
-    """All captured examples of a stage, largest self-influence first; ties by id."""
+    """All captured or given examples of a stage, largest self-influence first; ties by id."""
 
     stage: str
     metric: str
@@ -50,7 +68,7 @@ class SelfInfluence(Result):
         return list(self.rows[:k])
 
     def to_table(self) -> pa.Table:
-        """Columns rank, example, score, visits, source, text."""
+        """Columns rank, example, score, visits, source, text, loss."""
         return pa.Table.from_pylist([asdict(row) for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,9 +81,10 @@ class SelfInfluence(Result):
         first = self.top(SHOWN)
         bars = [Bar(shortened(row.text or row.example, 40), self.metric, row.score) for row in first]
         columns = ("rank", "example", "score", "visits", "source", "text")
+        columns += () if all(row.loss is None for row in first) else ("loss",)
         return [
             Bars(f"Self-influence in stage {self.stage}", bars, note="Large: wrong labels, oddities, hard examples."),
-            Grid("Examples", columns, [tuple(asdict(row).values()) for row in first]),
+            Grid("Examples", columns, [tuple(getattr(row, name) for name in columns) for row in first]),
             Notes("What to keep in mind", self.caveats),
         ]
 
@@ -91,7 +110,8 @@ def self_influence(stage: StageReader, metric: str, runner: Runner | None = None
         ConfigurationError: another metric, or a stage without comparable rows.
     """
     if metric not in METRICS:
-        raise ConfigurationError(f"Unknown metric {metric!r}.", fix=f"use one of {list(METRICS)}.")
+        known = [*METRICS, *GIVEN]
+        raise ConfigurationError(f"Unknown metric {metric!r}.", fix=f"use one of {known}.")
     streamed = StreamedStage(stage, torch.ones(stage.width), metric == "plain", runner or Serial())
     spans = SketchPlan.from_dict(stage.meta["plan"]).row_spans
     inverses = [damped_inverse(m, DAMPING) for m in training_moments(streamed, spans)[0].means()]
@@ -108,14 +128,34 @@ def self_influence(stage: StageReader, metric: str, runner: Runner | None = None
         raise ConfigurationError(
             f"Stage '{stage.name}' has no comparable rows.", fix="record it with sketches, or choose another stage."
         )
-    names = sorted(totals)
-    means = np.array([np.mean(totals[name]) for name in names])
     described = {row["example"]: row for row in stage.examples().to_pylist()}
-    rows = [
-        SelfScore(place + 1, names[at], float(means[at]), len(totals[names[at]]),
-                  described.get(names[at], {}).get("source"), described.get(names[at], {}).get("text"))
-        for place, at in enumerate(np.argsort(-means, kind="stable"))
+    scores = [
+        SelfScore(0, name, float(np.mean(found)), len(found),
+                  described.get(name, {}).get("source"), described.get(name, {}).get("text"))
+        for name, found in totals.items()
     ]  # fmt: skip
-    caveats = ["a large self-influence is an odd example, not necessarily a wrong one: look at its loss too"]
+    caveats = [ODD]
     caveats += [f"{count} rows are left out: {reason}" for reason, count in streamed.tally.left_out.items()]
-    return SelfInfluence(stage.name, metric, tuple(rows), tuple(caveats))
+    return SelfInfluence(stage.name, metric, _ranked(scores), tuple(caveats))
+
+
+def given_self_influence(
+    lineage: Lineage, stage: StageReader, examples: Examples, metric: SelfGaussNewton | LeaveOneOut
+) -> SelfInfluence:
+    """Scores of given examples, all that a stage trained on, by the curvature of their losses.
+
+    Raises:
+        StageNotFoundError: no snapshot of that name.
+    """
+    found = own_losses(lineage, stage, examples, metric.curvature)
+    scores = [
+        SelfScore(0, name, score, found.states, examples.sources[at], examples.texts[at], float(found.loss[at]))
+        for at, (name, score) in enumerate(zip(examples.ids, metric.of(found).tolist(), strict=True))
+    ]
+    return SelfInfluence(stage.name, metric.name, _ranked(scores), (ODD, BASELINE, *found.caveats))
+
+
+def _ranked(scores: Sequence[SelfScore]) -> tuple[SelfScore, ...]:
+    """Largest first, ties by id."""
+    order = sorted(scores, key=lambda score: (-score.score, score.example))
+    return tuple(replace(score, rank=place) for place, score in enumerate(order, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -49,18 +49,23 @@ class CurvatureFit:
             damping: in A's units; None: a tenth of the mean of each block's eigenvalues, as is usual.
         """
         found_QK = torch.zeros_like(forces_QK)
+        for span, curvature in self.blocks(count, damping):
+            if self.whole:
+                found_QK[:, span] = torch.cholesky_solve(forces_QK[:, span].T, torch.linalg.cholesky(curvature)).T
+            else:
+                found_QK[:, span] = forces_QK[:, span] / curvature
+        return found_QK
+
+    def blocks(self, count: int, damping: float | None) -> Iterator[tuple[slice, Tensor]]:
+        """A + damping of each block, [K, K], or its diagonal [K] where that is what is kept. Blocks that nothing
+        reached have no curvature, and no force either: they are left out. See :meth:`respond`."""
         for total, span in zip(self._sums, self.spans, strict=True):
             diagonal_K = (total.diagonal() if self.whole else total) / count
             if damping is None:
                 slack = 0.1 * float(diagonal_K.mean())
             else:
                 slack = damping if self.whole else FLATTENED * damping
-            if slack > 0:  # a block that nothing reached has no curvature, and no force either
-                found_QK[:, span] = self._solve(total / count, slack, forces_QK[:, span])
-        return found_QK
-
-    def _solve(self, curvature: Tensor, slack: float, forces_QK: Tensor) -> Tensor:
-        if not self.whole:
-            return forces_QK / (curvature + slack)
-        curvature.diagonal().add_(slack)
-        return torch.cholesky_solve(forces_QK.T, torch.linalg.cholesky(curvature)).T
+            if slack > 0:
+                curvature = total / count
+                (curvature.diagonal() if self.whole else curvature).add_(slack)
+                yield span, curvature

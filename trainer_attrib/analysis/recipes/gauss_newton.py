@@ -68,8 +68,8 @@ class GaussNewton:
         return [self._of_stage(question, stage, question.examples_of(stage, self.name)) for stage in question.stages]
 
     def _of_stage(self, question: Question, stage: StageReader, examples: Examples) -> StageScores:
-        model, plan = question.lineage.model, _plan(question.lineage.model, stage)
-        metric, states = training_metric(stage, plan), self._states(stage)
+        model, plan = question.lineage.model, scored_weights(question.lineage.model, stage)
+        metric, states = training_metric(stage, plan), self.states(stage)
         total_QN = np.zeros((question.queries, len(examples)))
         for name in states:
             with standing(model, question.lineage.inside(stage, name)):
@@ -77,7 +77,8 @@ class GaussNewton:
         caveats = [] if metric else [UNKNOWN_STEPS.format(stage=stage.name)]
         return StageScores(described(stage, examples), (total_QN / len(states)).astype(np.float32), (*caveats,))
 
-    def _states(self, stage: StageReader) -> list[str]:
+    def states(self, stage: StageReader) -> list[str]:
+        """Names of the recorded states of a stage that are looked at."""
         recorded = [entry["name"] for entry in sorted(stage.meta["snapshots"], key=lambda e: e["step"])]
         if self.snapshots is not None:
             return list(self.snapshots)
@@ -92,7 +93,7 @@ class GaussNewton:
         metric: TrainingMetric | None,
     ) -> np.ndarray:
         generator = torch.Generator().manual_seed(self.seed)
-        projections = self._projections(model, plan, metric, examples, generator)
+        projections = self.projections(model, plan, metric, examples, generator)
         scores_QN = np.zeros((sum(map(len, behaviors)), len(examples)), np.float32)
         with GradientRows(model, projections).opened() as rows:
             queries_QK = torch.stack([rows.of_query(b, q) for b in behaviors for q in range(len(b))])
@@ -107,7 +108,7 @@ class GaussNewton:
                 scores_QN[:, positions] = found_QB.float().cpu().numpy()
         return scores_QN
 
-    def _projections(
+    def projections(
         self,
         model: nn.Module,
         plan: SketchPlan,
@@ -115,13 +116,14 @@ class GaussNewton:
         examples: Examples,
         generator: torch.Generator,
     ) -> Projections:
+        """The coordinates of rows at the weights where the model stands, in the metric of training."""
         start = Projections(plan.of_rank(self.wide), model)
         start = start.scaled(metric.roots) if metric else start
         batches = examples.drawn(self.basis, generator)
         return captured_basis(model, start, plan.of_rank(self.rank), examples, batches, generator)
 
 
-def _plan(model: nn.Module, stage: StageReader) -> SketchPlan:
+def scored_weights(model: nn.Module, stage: StageReader) -> SketchPlan:
     """The weights of the stage's rows that the model still has, without embeddings: most of their rows are gradients of
     tokens that an example does not have, and they were measured to make scores worse (docs/log.md)."""
     plan, modules = SketchPlan.from_dict(stage.meta["plan"]), modules_by_name(model)
