@@ -14,6 +14,8 @@ from tests.analysis.stages import margins
 from trainer_attrib.analysis.effects import auto
 from trainer_attrib.analysis.effects.auto import Auto, relative_bar
 from trainer_attrib.analysis.effects.estimate import Estimate, pooled
+from trainer_attrib.analysis.effects.pull import pull, reach
+from trainer_attrib.analysis.effects.replay import Arms
 from trainer_attrib.errors import MissingProgramError, NotComparableError
 from trainer_attrib.types import Shadow
 
@@ -31,6 +33,10 @@ def shadowed(thin: int, replicas: int = 1) -> Looped:
 
 def values(rows: Any, stage: str, method: str) -> torch.Tensor:
     return torch.tensor([row.effect for row in rows if (row.stage, row.method) == (stage, method)])
+
+
+def bars(rows: Any, stage: str, method: str) -> torch.Tensor:
+    return torch.tensor([row.error_bar for row in rows if (row.stage, row.method) == (stage, method)])
 
 
 def test_a_shadow_of_whole_batches_is_retraining(tmp_path: Path) -> None:
@@ -111,12 +117,40 @@ def test_auto_stops_at_the_first_acceptable_rung_that_it_can_pay_for(
     assert {row.cost for row in first} == {spent * 20}
 
 
-def test_auto_takes_the_mean_of_a_shadow_and_a_replay(tmp_path: Path) -> None:
+def test_auto_takes_the_mean_of_a_shadow_and_a_replay_by_what_their_bars_say(tmp_path: Path) -> None:
     run, behavior = shadowed(thin=4), margins()
     analyzer = run.analyzer(tmp_path, network(dropout=0, norm=False))
     rows = analyzer.stage_effects([behavior], ["shadow", "replay", Auto(accept=0.0, budget=0.3)], run.programs).rows
-    mean = (values(rows, "first", "shadow") + values(rows, "first", "replay")) / 2
+    shadow, replay = (bars(rows, "first", name).square().sum() for name in ("shadow", "replay"))
+    weight = replay / (shadow + replay)
+    assert 0.05 < weight < 0.95
+    mean = weight * values(rows, "first", "shadow") + (1 - weight) * values(rows, "first", "replay")
     torch.testing.assert_close(values(rows, "first", "shadow and replay"), mean)
+    both = bars(rows, "first", "shadow and replay")
+    apart = values(rows, "first", "shadow") - values(rows, "first", "replay")
+    assert (both > bars(rows, "first", "shadow")).all()
+    assert (both > apart.abs() / 2**0.5).all()
+
+
+def test_pull_is_what_training_did_to_a_displacement() -> None:
+    kept = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+    assert pull(kept, kept) == 0
+    assert pull({}, kept) == 1  # all of it was taken back
+    assert pull({"a": 2 * kept["a"], "b": kept["b"], "c": torch.tensor([4.0])}, kept) == 1  # sqrt(3^2 + 4^2) / 5
+    assert pull({"a": torch.tensor([torch.nan, 0.0])}, kept) == float("inf")
+    assert pull(kept, {}) == float("inf")
+    assert pull({}, {}) == 0
+    assert reach({"b": torch.tensor([1.0])}, {"a": torch.tensor([9.0]), "b": torch.tensor([2.0])}) == 0.5
+
+
+def test_a_replay_that_diverged_says_nothing_beside_a_shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, behavior = shadowed(thin=4), margins()
+    analyzer = run.analyzer(tmp_path, network(dropout=0, norm=False))
+    monkeypatch.setattr(Arms, "error_bars", lambda arms, final: [torch.full_like(f, torch.inf) for f in final])
+    asked = ["shadow", Auto(accept=0.0, budget=0.3)]
+    rows = [r for r in analyzer.stage_effects([behavior], asked, run.programs).rows if r.stage == "first"]
+    assert {row.method for row in rows} == {"shadow"}
+    assert len({(row.query, row.effect, row.error_bar) for row in rows}) == len(rows) / 2
 
 
 def test_bars_are_pooled_over_queries_and_ways_and_infinite_where_one_failed() -> None:

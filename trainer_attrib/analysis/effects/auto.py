@@ -25,7 +25,8 @@ LADDER: tuple[Method, ...] = (Subtract(), FromShadow(), Propagate(), Replay(), R
 class Auto:
     """Climb the ladder until the error bar is acceptable; where none is, the highest rung that was reached.
 
-    A shadow and a replay err independently: where both are at hand their mean is taken, and their disagreement.
+    A shadow and a replay err mostly by noises that are independent: where both are at hand their mean is taken,
+    weighted by the bars of each.
 
     Args:
         accept: error bar relative to the effect, norms over all queries, up to which an estimate is taken.
@@ -58,7 +59,7 @@ class Auto:
             spent += one.cost if price else 0.0  # what costs nothing now was paid during training
             found = replace(one, method=method.name)
             if method.name == "replay" and shadow is not None:
-                found = _mean(shadow, found)
+                found = _between(shadow, found)
             if relative_bar(found) <= self.accept:
                 break
             shadow = found if method.name == "shadow" else shadow
@@ -66,15 +67,23 @@ class Auto:
         return replace(found, cost=spent)
 
 
-def _mean(shadow: Estimate, other: Estimate) -> Estimate:
-    """Of two independent estimates; the bar of each query is their disagreement."""
-    effects = [(a + b) / 2 for a, b in zip(shadow.effects, other.effects, strict=True)]
-    bars = pooled(differences(shadow.effects, other.effects), scale=1.0)
-    names = {*(shadow.displacement or {}), *(other.displacement or {})}
-    halves = [{name: part / 2 for name, part in (one.displacement or {}).items()} for one in (shadow, other)]
-    away = {name: sum((half[name] for half in halves if name in half), torch.zeros(())) for name in names}
-    read_out = f"mean of {shadow.read_out} and {other.read_out}"
-    return Estimate(effects, bars, read_out, displacement=away, notes=other.notes, method="shadow and replay")
+def _between(shadow: Estimate, replay: Estimate) -> Estimate:
+    """The mean of two estimates, weighted by the inverse squares of their bars' norms; a replay that diverged is
+    nothing. Bars hold what the two disagree about, and the shadow's own bar for what both get wrong alike: both see
+    parts of batches only, whose noise makes Adam's second moments larger."""
+    ours, theirs = (float(torch.cat(one.error_bars).square().sum()) for one in (shadow, replay))
+    if not math.isfinite(theirs):
+        return shadow
+    weight = theirs / (ours + theirs) if ours + theirs > 0 else 0.5
+    weighted = ((weight, shadow), (1 - weight, replay))
+    effects = [weight * a + (1 - weight) * b for a, b in zip(shadow.effects, replay.effects, strict=True)]
+    apart = pooled(differences(shadow.effects, replay.effects), scale=1.0)
+    bars = [(a.square() + b.square()).sqrt() for a, b in zip(apart, shadow.error_bars, strict=True)]
+    names = {*(shadow.displacement or {}), *(replay.displacement or {})}
+    parts = [{name: w * part for name, part in (one.displacement or {}).items()} for w, one in weighted]
+    away = {name: sum((part[name] for part in parts if name in part), torch.zeros(())) for name in names}
+    read_out = f"mean of {shadow.read_out} and {replay.read_out}"
+    return Estimate(effects, bars, read_out, displacement=away, notes=replay.notes, method="shadow and replay")
 
 
 def relative_bar(found: Estimate) -> float:

@@ -12,6 +12,7 @@ from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.estimate import Estimate, differences, pooled
 from trainer_attrib.analysis.effects.lineage import Lineage, Values
 from trainer_attrib.analysis.effects.passage import Effort, Passage
+from trainer_attrib.analysis.effects.pull import pull
 from trainer_attrib.analysis.effects.recorded import Subtract
 from trainer_attrib.analysis.effects.slopes import slopes_along
 from trainer_attrib.analysis.programs import check_programs
@@ -21,8 +22,9 @@ from trainer_attrib.ledger.reader import StageReader
 from trainer_attrib.tap.names import parameters_by_name
 
 ReadOut = Literal["moved weights", "dot"]
-ERROR_SCALE = 1.2
-"""As for replays; measured in the classifier's four regimes."""
+ERROR_SCALE = 1.0
+"""Brings more than four of five true errors within the bar: measured in six regimes on seeds that are not those of
+``benchmarks/stage_effects.py`` (``docs/log.md``)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Propagate:
     with Adam, six with SGD. Good while later stages train gently (learning rates well below those of the stage); with
     later learning rates like the stage's own it misleads, and ``replay`` is worth its price.
 
-    The error bar is the disagreement with ``subtract``, which leaves out what later stages did.
+    The error bar is a share of the effect and of its distance to ``subtract``, which leaves out what later stages did:
+    the share by which they changed the displacement (``pull.py``). Where they turned it into another one, that is all
+    of the effect and more.
 
     Args:
         products: of the curvature with a vector, per piece, where curvature is used: with SGD, and to carry gradients
@@ -90,7 +94,9 @@ class Propagate:
         """
         removal, cost = self.carry(lineage, stage)
         effects = self._read(lineage, removal)
-        bars = pooled(differences(effects, Subtract().estimate(lineage, stage).effects), scale=ERROR_SCALE)
+        simple = Subtract().estimate(lineage, stage)
+        share = ERROR_SCALE * pull(removal, simple.displacement or {})
+        bars = pooled(effects, differences(effects, simple.effects), scale=share)
         return Estimate(effects, bars, self.read_out, cost, removal)
 
     def carry(self, lineage: Lineage, stage: StageReader) -> tuple[Displacement, float]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer_attrib.analysis.displacement import between
+from trainer_attrib.analysis.displacement import Displacement, between
 from trainer_attrib.analysis.effects.estimate import Estimate, differences, pooled
 from trainer_attrib.analysis.effects.lineage import Lineage, Values
+from trainer_attrib.analysis.effects.pull import pull, reach
 from trainer_attrib.analysis.effects.recorded import Subtract
 from trainer_attrib.analysis.training_state import TrainingState, state_of
 from trainer_attrib.errors import NotComparableError
@@ -18,6 +19,9 @@ from trainer_attrib.ledger.reader import StageReader
 
 ERROR_SCALE = 4.0
 """From the standard error of two replicas to a bar that holds four of five true errors: measured in five regimes."""
+SINGLE_SCALE = 0.4
+"""Brings more than four of five true errors of a single shadow within the bar: measured in six regimes on seeds that
+are not those of ``benchmarks/stage_effects.py`` (``docs/log.md``)."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,10 @@ class FromShadow:
 
     Nothing is run again: what it cost was paid while the later stages trained. With two or more replicas the error bar
     comes from the standard error of their mean, made larger because what a small part of a batch does to all replicas
-    alike is not in it. A single shadow does not tell how uncertain it is: its bar is the disagreement with
-    ``subtract``, which is pessimistic.
+    alike is not in it. A single shadow has nothing to be compared with. Its bar is what the displaced weights would do
+    had later stages left them alone (``subtract``), times the share of the displacement that later stages changed
+    (``pull.py``), times the root of how far the shadow is from the model, relative to the weights: gradients of a part
+    of a batch differ from those of all of it by noise, which adds up over the pull like a random walk.
     """
 
     name = "shadow"
@@ -58,18 +64,23 @@ class FromShadow:
         """Measured at the shadows' weights; ``cost`` is what they took during training."""
         states = [_state(lineage, stage, replica) for replica in _replicas(lineage, stage)]
         center = states[0] if len(states) == 1 else _mean(states)
-        effects = differences(lineage.final, lineage.measure(center))
+        effects, here = differences(lineage.final, lineage.measure(center)), state_of(lineage.model)
+        away = between(here, center)
         if len(states) == 1:
-            simple = Subtract().estimate(lineage, stage).effects
-            bars = pooled(differences(effects, simple), scale=1.0)
+            bars = _bars_of_one(Subtract().estimate(lineage, stage), away, here)
             notes = [
-                f"stage '{stage.name}' has one shadow, which does not tell how uncertain it is: record two replicas"
+                f"stage '{stage.name}' has one shadow, which does not tell how uncertain it is: its error bar is a "
+                "rule of thumb, two replicas would measure one"
             ]
         else:
             errors = _standard_errors([lineage.measure(state) for state in states])
             bars, notes = pooled(errors, scale=ERROR_SCALE), []
-        away = between(state_of(lineage.model), center)
         return Estimate(effects, bars, "shadow weights", _cost(lineage, stage), away, notes)
+
+
+def _bars_of_one(simple: Estimate, away: Displacement, here: TrainingState) -> Values:
+    share = SINGLE_SCALE * pull(away, simple.displacement or {}) * reach(away, here.weights) ** 0.5
+    return pooled(simple.effects, scale=share)
 
 
 def _replicas(lineage: Lineage, stage: StageReader) -> list[int]:
