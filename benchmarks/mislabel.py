@@ -45,8 +45,10 @@ def main() -> None:
             rows.append({"data": name, "method": method, "AUC": round(means[method], 4), "AUC ±": round(error[0], 4),
                          "AP": round(figures[:, 1].mean(), 4), "AP ±": round(error[1], 4)})  # fmt: skip
         best = max(means[peer] for peer in PEERS)
-        for method in ("fisher, self", "gauss_newton, validation"):
+        for method in ("fisher, self", "gauss_newton, self", "leave_one_out, self", "gauss_newton, validation"):
             checks[f"{name}: {method}, beside all TracIn and dot"] = report.check(means[method], best, most=False)
+        held = report.check(means["leave_one_out, self"], means["loss"], most=False)
+        checks[f"{name}: leave_one_out, self, beside the loss"] = held
         like = max(means[peer] for peer in PEERS if peer.endswith("validation"))
         held = report.check(means["gauss_newton, validation"], like, most=False)
         checks[f"{name}: gauss_newton, validation, beside those on validation examples"] = held
@@ -104,15 +106,15 @@ def trained(inputs: Tensor, labels: Tensor, ids: list[str], seed: int, ledger: P
 def ours(
     ledger: Path, model: nn.Module, known: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor], ids: list[str]
 ) -> dict[str, np.ndarray]:
-    """Minus the influence on clean examples' margins, and self-influence from the captured rows."""
+    """Minus the influence on clean examples' margins, and self-influence from captured rows and given examples."""
     analyzer, found = Analyzer(ledger, model), {}
     margins, examples = Behavior.margin("margin", *asked), Examples.of_classes(*known, ids=ids)
     for recipe in ("gauss_newton", "fisher", "trackstar", "grad_dot", "grad_cos", "tracin"):
         given = {"train": examples} if recipe == "gauss_newton" else None
         influence = analyzer.influence([margins], recipe=recipe, data=given, controls=())
         found[f"{recipe}, validation"] = -scores_of(influence, ids).mean(0)
-    for metric in ("fisher", "plain"):
-        own = {row.example: row.score for row in analyzer.self_influence(metric=metric).rows}
+    for metric in ("fisher", "plain", "gauss_newton", "leave_one_out"):
+        own = {row.example: row.score for row in analyzer.self_influence("train", metric, {"train": examples}).rows}
         found[f"{metric}, self"] = np.array([own[name] for name in ids])
     return found
 
