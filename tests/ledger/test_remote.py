@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -142,6 +143,38 @@ def test_one_of_several_gets_a_stage_s_name(protocol: str, tmp_path) -> None:
     assert [Storage(place).create_folder("stages/sft") for _ in range(3)] == [True, False, False]
     assert Storage(place).create_folder("stages/dpo")
     assert Storage(place).names("stages/sft") == []
+
+
+@pytest.mark.parametrize("protocol", ["local", "memory", "counted", "forgetful"])
+def test_a_file_is_created_once(protocol: str, tmp_path) -> None:
+    place = str(tmp_path) if protocol == "local" else f"{protocol}://{uuid.uuid4().hex}"
+    assert [Storage(place).create_json("ledger.json", {"format": n, "parameters": {}}) for n in (1, 2)] == [True, False]
+    assert Storage(place).read_json("ledger.json")["format"] == 1
+    assert Storage(place).names("") == ["ledger.json"]
+
+
+@pytest.mark.parametrize("protocol", ["local", "memory", "counted"])
+def test_of_two_models_one_begins_the_ledger(protocol: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have looked, and found no ledger, before either writes: the other one's is not replaced."""
+    place = str(tmp_path) if protocol == "local" else f"{protocol}://{uuid.uuid4().hex}"
+    monkeypatch.setattr(Storage, "exists", lambda storage, name: False)
+    asked = [{"format": 1, "parameters": {"w": [n]}} for n in (1, 2)]
+    first = Storage(place).create_json("ledger.json", asked[0])
+    seen = iter([False, True])  # on object stores, whether an error was that of a taken name
+    monkeypatch.setattr(Storage, "exists", lambda storage, name: next(seen))
+    second = Storage(place).create_json("ledger.json", asked[1])
+    monkeypatch.undo()
+    assert (first, second) == (True, False)
+    assert Storage(place).read_json("ledger.json")["parameters"] == {"w": [1]}
+
+
+def test_a_disk_without_hard_links_has_the_last_one_s(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert Storage(str(tmp_path)).create_json("ledger.json", {"format": 1, "parameters": {}})
+    assert Storage(str(tmp_path)).names("") == ["ledger.json"]
 
 
 def test_who_comes_at_the_same_time_does_not_get_it_either(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

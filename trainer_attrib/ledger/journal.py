@@ -302,9 +302,8 @@ def check_place(url: Any, stage: str) -> Storage:
 
 def _open_ledger(storage: Storage, start: Described, weights: Mapping[str, Tensor], adapters: Iterable[str]) -> Link:
     """Create ``ledger.json``, or check that this model belongs to it; returns the stage that it continues."""
-    if not storage.exists("ledger.json"):
-        shapes = {name: entry["shape"] for name, entry in start.items()}
-        storage.write_json("ledger.json", {"format": FORMAT, "created_by": __version__, "parameters": shapes})
+    shapes = {name: entry["shape"] for name, entry in start.items()}
+    if storage.create_json("ledger.json", {"format": FORMAT, "created_by": __version__, "parameters": shapes}):
         return Link()
     ledger = Ledger(storage.url)
     link = find_link(ledger.stages(), start, weights, adapters)

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ class Storage:
                 return self._fs.cat_file(path)
             if not os.path.isfile(path):  # a pipe or a device would never end
                 raise FileNotFoundError
-            return Path(path).read_bytes()
+            with open(path, "rb") as file:
+                return file.read()
         except FileNotFoundError:
             raise LedgerNotFoundError(
                 f"{path} does not exist.", fix="run `trainer-attrib verify` to see what else is missing."
@@ -138,7 +139,7 @@ class Storage:
         """
         with self.writing(name):
             if not self.local:
-                return not self.exists(name) and self._claimed(f"{name}/.claim")
+                return not self.exists(name) and self._created(f"{name}/.claim", uuid.uuid4().hex.encode())
             Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.mkdir(self.path(name))
@@ -146,15 +147,32 @@ class Storage:
                 return False
             return True
 
-    def _claimed(self, name: str) -> bool:
-        path, token = self.path(name), uuid.uuid4().hex.encode()
+    def create_json(self, name: str, data: dict[str, Any]) -> bool:
+        """Write a JSON object where there is no file of this name; False if there is one. What :meth:`create_folder`
+        says of several at the same time holds here too.
+
+        Raises:
+            LedgerNotWritableError: it cannot be written.
+        """
+        content = _json(data)
+        if self.exists(name):
+            return False
+        if not self.local:
+            with self.writing(name):
+                return self._created(name, content)
+        with self.writing(name), self._temporary(name) as temporary:
+            temporary.write_bytes(content)
+            return self._publish(temporary, name, _put_new)
+
+    def _created(self, name: str, content: bytes) -> bool:
+        path = self.path(name)
         try:
-            self._fs.pipe_file(path, token, mode="create")
+            self._fs.pipe_file(path, content, mode="create")
         except OSError:  # of s3fs it is not FileExistsError
             if self.exists(name):
                 return False
             raise
-        return self._fs.cat_file(path) == token  # a store that does not know the mode has the last one's
+        return self._fs.cat_file(path) == content  # a store that does not know the mode has the last one's
 
     def check_writable(self) -> None:
         """Write and remove a file.
@@ -175,7 +193,7 @@ class Storage:
 
     def write_json(self, name: str, data: dict[str, Any]) -> None:
         """Write a JSON object atomically."""
-        self.write(name, json.dumps(data, indent=1, allow_nan=False).encode())
+        self.write(name, _json(data))
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing if it is not there."""
@@ -189,25 +207,35 @@ class Storage:
         Raises:
             LedgerNotWritableError: the place cannot be written.
         """
-        with self.writing(name):
-            folder = Path(self.path(name)).parent if self.local else Path(tempfile.gettempdir())
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=folder)
-            os.close(handle)
-            try:
-                yield Path(temporary)
-                self._publish(temporary, name, folder)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+        with self.writing(name), self._temporary(name) as temporary:
+            yield temporary
+            self._publish(temporary, name, os.replace)
 
-    def _publish(self, temporary: str, name: str, folder: Path) -> None:
+    @contextmanager
+    def _temporary(self, name: str) -> Iterator[Path]:
+        """An empty file on the disk of the one of this name, if that is on a disk; gone when the block ends."""
+        folder = Path(self.path(name)).parent if self.local else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=folder)
+        os.close(handle)
+        try:
+            yield Path(temporary)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def _publish(self, temporary: Path, name: str, put: Callable[[Path, str], None]) -> bool:
+        """Give a whole file its name, durably; False if ``put`` found the name taken."""
         if not self.local:
-            self._fs.put_file(temporary, self.path(name))
-            return
+            self._fs.put_file(str(temporary), self.path(name))
+            return True
         os.chmod(temporary, 0o644)
-        _sync(temporary)
-        os.replace(temporary, self.path(name))
-        _sync(str(folder))
+        _sync(str(temporary))
+        try:
+            put(temporary, self.path(name))
+        except FileExistsError:
+            return False
+        _sync(str(temporary.parent))
+        return True
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
@@ -226,6 +254,20 @@ class Storage:
                 cause="the directory is read-only, a file stands in its place, or the disk is full.",
                 fix="choose another ledger directory, or make room or change permissions; what was sealed is intact.",
             ) from None
+
+
+def _put_new(temporary: Path, path: str) -> None:
+    """Give a file a free name too; raises FileExistsError where it is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links cannot do it conditionally
+        os.replace(temporary, path)
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, indent=1, allow_nan=False).encode()
 
 
 def _refuse_constant(name: str) -> None:
