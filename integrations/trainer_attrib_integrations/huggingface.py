@@ -76,7 +76,7 @@ class AttributionCallback(TrainerCallback):
             "sketch": sketch, "snapshots": snapshots, "strict": strict, "shadow": asked_shadows(shadow),
         }  # fmt: skip
         self._columns = (id_column, source_column)
-        self._closes_itself = False
+        self._closes_itself = self._reached_end = False
         self._checkpoint: Path | None = None  # that training resumes from, if it was named
         self._recorder: Recorder | None = None
         self._ids: RidingIds | None = None
@@ -102,6 +102,7 @@ class AttributionCallback(TrainerCallback):
         """Open the stage."""
         _refuse_replicas(args)
         self._stop("training was started again")
+        self._reached_end = False
         self._trainer = _calling_trainer(self)
         self._loss = LossForm() if self._trainer is None else loss_form(self._trainer)
         name = self._stage if self._attempts == 0 else f"{self._stage}.{self._attempts + 1}"
@@ -149,10 +150,12 @@ class AttributionCallback(TrainerCallback):
             recorder.attempt(lambda: _note(_checkpoint_of(args, state), recorder.checkpoint(), args.should_save))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the stage."""
+        """Leave the trainer as it was, and close the stage: where ``train`` closes it, not before other callbacks may
+        have put averaged weights into the model in this event."""
         self._leave()
-        if self._recorder is not None:
-            self._recorder.finish()
+        self._reached_end = True
+        if not self._closes_itself:
+            self._finish()
 
     def _place(self, name: str, args: Any, state: Any) -> tuple[str, int]:
         folder = self._checkpoint or _checkpoint_of(args, state)
@@ -220,7 +223,10 @@ class AttributionCallback(TrainerCallback):
             given = args[0] if args else kwargs.get("resume_from_checkpoint")
             self._checkpoint = Path(given) if isinstance(given, str | os.PathLike) else None
             try:
-                return train(*args, **kwargs)
+                found = train(*args, **kwargs)
+                if self._reached_end:
+                    self._finish()
+                return found
             except BaseException as error:
                 self._stop(f"{type(error).__name__}: {error}")
                 raise
@@ -228,6 +234,10 @@ class AttributionCallback(TrainerCallback):
                 self._stop("training ended without telling its callbacks")
 
         return closed_train
+
+    def _finish(self) -> None:
+        if self._recorder is not None:
+            self._recorder.finish()
 
     def _stop(self, reason: str) -> None:
         self._leave()

@@ -132,8 +132,12 @@ class AttributionCallback(Callback):
             self._recorder.clip_threshold = trainer.gradient_clip_val or None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Close the stage."""
+        """Leave module and trainer as they were. The weights may not be final yet: callbacks that average them put the
+        averages into the module in this event."""
         self._leave()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Close the stage."""
         if self._recorder is not None:
             self._recorder.finish()
 

@@ -16,6 +16,7 @@ from trainer_attrib.analysis.loops import set_epoch
 from trainer_attrib.analysis.programs import Step
 from trainer_attrib.analysis.thinning import Thinning, windows
 from trainer_attrib.errors import ConfigurationError
+from trainer_attrib_integrations.averages_lightning import KeptAverages, averaging
 from trainer_attrib_integrations.wrapped import Wrapped
 
 
@@ -25,8 +26,8 @@ class Fit:
     Driven step by step, ``training_step``, the hooks that move a batch to its device, the precision plugin and
     ``configure_gradient_clipping`` are the module's and the trainer's own; ``self.trainer``, ``self.global_step`` and
     ``self.current_epoch`` say what they would say. No other hook is run (``on_train_epoch_start`` and its like), no
-    callback, no validation, and logging is muted. The module trains in the mode in which it is given. The batches of a
-    step are fetched together, before its losses are computed.
+    callback but those that average weights (``WeightAveraging``), no validation, and logging is muted. The module
+    trains in the mode in which it is given. The batches of a step are fetched together, before its losses are computed.
 
     Args:
         trainer: need not have run.
@@ -78,6 +79,14 @@ class Fit:
         self.model.configure_gradient_clipping(
             self._clipped, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
         )
+
+    def averages(self) -> KeptAverages | None:
+        """See :class:`~trainer_attrib.analysis.programs.Averaging`."""
+        if not averaging(self.trainer):
+            return None
+        batches = batches_of_an_epoch(self._batches, self.trainer.limit_train_batches)
+        steps = None if batches is None else -(-batches // self.trainer.accumulate_grad_batches)
+        return KeptAverages(self.trainer, self.model, _counted, steps)
 
     def optimizer(self) -> Optimizer:
         """A new optimizer, by ``configure_optimizers``.

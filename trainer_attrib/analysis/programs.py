@@ -66,6 +66,27 @@ class Steps(Protocol):
         ...
 
 
+class Averages(Protocol):
+    """Averages of the weights that a training keeps beside its model, and with which it leaves the model."""
+
+    def after_step(self, step: int) -> None:
+        """The recorded step of this number, from 1, has been taken, by itself or as one of several in a larger one."""
+        ...
+
+    def put(self) -> None:
+        """Training is over: put the averages into the model."""
+        ...
+
+
+@runtime_checkable
+class Averaging(Protocol):
+    """What :class:`Steps` are as well if their training averages weights."""
+
+    def averages(self) -> Averages | None:
+        """Averages that begin with the model as it is now; None where the training keeps none."""
+        ...
+
+
 _DRIVERS = {
     "transformers.trainer.Trainer": "trainer_attrib.integrations.huggingface",
 }

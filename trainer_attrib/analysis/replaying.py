@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from trainer_attrib.analysis.programs import Program, Step, Steps, steps_of
+from trainer_attrib.analysis.programs import Averaging, Program, Step, Steps, steps_of
 from trainer_attrib.analysis.stepping import CarriedState, Row, can_merge, rebuild_optimizer, use_settings
 from trainer_attrib.analysis.training_state import (
     OptimizerState,
@@ -123,7 +123,7 @@ def replay_stage(
     handed_on = CarriedState(optimizer, names, merge)
     if carries(stage):
         handed_on.load(carried, recorded[0])
-    cost = 0.0
+    averages, cost = steps.averages() if isinstance(steps, Averaging) else None, 0.0
     for rows, step in recorded_windows(stage, recorded, steps, Pace(merge, pace.thin)):
         optimizer.zero_grad(set_to_none=True)
         for loss in step.losses:
@@ -132,6 +132,11 @@ def replay_stage(
         use_settings(optimizer, stage, rows)
         optimizer.step()
         cost += step.share
+        if averages is not None:
+            for row in rows:
+                averages.after_step(row["step"])
+    if averages is not None:
+        averages.put()
     optimizer.zero_grad(set_to_none=True)
     return handed_on.read(recorded[-1]), cost
 

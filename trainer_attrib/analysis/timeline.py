@@ -95,6 +95,11 @@ class Timeline:
                     f"stage '{stage.name}' also trained weights that the model no longer has: {', '.join(gone)}"
                 )
         for stage, link in zip(self._stages[1:], self._links[1:], strict=False):
+            if stage.meta.get("weights_replaced"):
+                said.append(
+                    f"stage '{stage.name}' ended with other weights than its last step left (averages, an earlier "
+                    "checkpoint): first_order, propagate and shadow do not follow that, replay where its program does"
+                )
             new = sorted({*link.added, *link.reshaped} & here - stage.adapters)
             if new:
                 said.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from trainer_attrib.capture.batch import BatchWatch
+from trainer_attrib.capture.last_step import LastStep
 from trainer_attrib.capture.messages import logger
 from trainer_attrib.capture.meter import Meter
 from trainer_attrib.capture.open_stage import Recording
@@ -15,6 +16,8 @@ from trainer_attrib.ledger.journal import StageJournal
 from trainer_attrib.ledger.writer import StageWriter
 from trainer_attrib.tap.adapters import merged_weights
 from trainer_attrib.tap.module_tap import ModuleTap
+
+REPLACED = "weights were changed after its last step (averages, an earlier checkpoint); its end is what they are now"
 
 
 class Ending:
@@ -33,6 +36,7 @@ class Ending:
     _journal: StageJournal
     _writer: StageWriter
     _meter: Meter
+    _last_step: LastStep
 
     def _fault(self, fault: Exception) -> None:
         """Report once, stop capturing, let training go on (or raise, if strict)."""
@@ -99,6 +103,8 @@ class Ending:
         if self.fault is None and self._stage.processes.leads:
             sealed, share = self._writer.sealed(), self._meter.share(self._tap)
             logger.info(closing_line(self._stage.name, status, sealed, self._writer.left_out, share))
+            if self._journal.meta.get("weights_replaced"):
+                logger.info("stage '%s': %s", self._stage.name, REPLACED)
         if self.fault is not None and self.fault is not known:
             if self._strict:
                 raise self.fault
@@ -112,6 +118,8 @@ class Ending:
         """Close the journal; with the weights, which all processes describe together, if the end was reached."""
         if not reached_end:
             return self._journal.end(status, reason, self.step, None)
+        if self.fault is None and self._last_step.replaced:
+            self._journal.update(weights_replaced=True)
         described, _ = self._stage.described()
         merged = () if self._stage.sharded else merged_weights(self._stage.model)
         self._journal.end(status, reason, self.step, self._stage.weights(), described, merged, self._stage.beside())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer_attrib.capture.batch import BatchWatch
 from trainer_attrib.capture.discarded import DiscardedGradients
 from trainer_attrib.capture.ending import Ending
+from trainer_attrib.capture.last_step import LastStep
 from trainer_attrib.capture.loss_facts import loss_facts
 from trainer_attrib.capture.messages import logger, show_messages
 from trainer_attrib.capture.meter import Meter
@@ -139,6 +140,8 @@ class Recorder(Ending):
                 logger.info(line)
             for line in self.shadows.lines():
                 logger.info("stage '%s': %s", self._stage.name, line)
+        trained = [weight for name, weight in self._stage.parameters.items() if name in self._stage.trainable]
+        self._last_step = LastStep(trained)
         self._batches.attach()
         self._tap.attach()
         self._watch.attach()
@@ -309,6 +312,7 @@ class Recorder(Ending):
             self.attempt(lambda: steps.refresh(self.step, present=self._running))
         if self._running:
             self.attempt(self._batches.renew)
+            self.attempt(self._last_step.note)
         if self.step in self._snapshot_steps and (self._running or self._stage.sharded):
             self.attempt(self._snapshot)  # of shards every process stores its own, until all know that one has stopped
 

@@ -48,6 +48,7 @@ def stage_facts(
         "row_blocks": plan.row_blocks,
         "coverage": None,
         "overhead": None,
+        "weights_replaced": False,
         "versions_of": _software(),
     }
 

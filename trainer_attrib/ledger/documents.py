@@ -82,7 +82,7 @@ STAGE = {
     "sketch": {"dtype": OneOf(ROW_DTYPES), "rank": Maybe(RANK)}, "adapters": Maybe([str]),
     "low_rank_updates": Maybe([Each(object)]),
     "optimizers": Maybe([{"class": str, "groups": Maybe([GROUP])}]), "coverage": Maybe(Each(object)),
-    "shadows": Maybe([{**SHADOW, "status": str, "reason": str}]),
+    "weights_replaced": Maybe(bool), "shadows": Maybe([{**SHADOW, "status": str, "reason": str}]),
     "shadow_states": Maybe([{**SHADOW, "step": COUNT}]),
 }  # fmt: skip
 PART = {"rows": COUNT, "steps": COUNT, "examples": COUNT, "files": Each(FILE)}
