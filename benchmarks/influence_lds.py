@@ -27,7 +27,7 @@ from typing import Any
 import report
 import torch
 from lds_runs import peers
-from lds_runs.contenders import DEFAULT, ENSEMBLE, RANDOM, SHORT, SHORT_TWO, TESTBEDS, TFIDF, Testbed
+from lds_runs.contenders import DEFAULT, EARLY_TWO, ENSEMBLE, RANDOM, SHORT, SHORT_TWO, TESTBEDS, TFIDF, Testbed
 from lds_runs.testbed import PEER, Scored, Truth
 
 from trainer_attrib.evaluation.agreement import agreement
@@ -129,11 +129,12 @@ def checks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         checks[f"{testbed}: {ENSEMBLE}"] = report.check(three, THREE_MODELS, most=False)
         checks |= _above_peers(rows, testbed, DEFAULT)
     if ("chargpt", SHORT) in by_name:
-        one, two = by_name["chargpt", SHORT], by_name["chargpt", SHORT_TWO]
-        checks[f"chargpt: {SHORT}"] = report.check(one["LDS"], LANGUAGE_MODEL, most=False)
-        checks[f"chargpt: {SHORT_TWO}"] = report.check(two["LDS"], LANGUAGE_MODEL, most=False)
+        one = by_name["chargpt", SHORT]
+        for name in (SHORT, EARLY_TWO, SHORT_TWO):
+            checks[f"chargpt: {name}"] = report.check(by_name["chargpt", name]["LDS"], LANGUAGE_MODEL, most=False)
         checks[f"chargpt: {SHORT}, of ceiling"] = report.check(one["of ceiling"], SHARE, most=False)
-        checks[f"chargpt: {SHORT}, x training"] = report.check(one["x training"], CHEAP)
+        for name in (SHORT, EARLY_TWO):
+            checks[f"chargpt: {name}, x training"] = report.check(by_name["chargpt", name]["x training"], CHEAP)
         checks[f"chargpt: {SHORT} minus {TFIDF}"] = _positive(one["LDS"] - by_name["chargpt", TFIDF]["LDS"])
         checks |= _above_peers(rows, "chargpt", SHORT)
     return checks

@@ -14,7 +14,7 @@ from trainer_attrib.analysis.effects.between_snapshots import BetweenSnapshots
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
 from trainer_attrib.analysis.training_state import standing
 from trainer_attrib.errors import ConfigurationError, MissingDataError
-from trainer_attrib.numerics.curvature_fit import FLATTENED, CurvatureFit
+from trainer_attrib.numerics.curvature_fit import FIRST, FLATTENED, CurvatureFit
 from trainer_attrib.numerics.second_moment import append_bias, factor, inverse_root
 
 SPANS = (slice(0, 56), slice(56, 83))  # of the classifier's two layers, biases included
@@ -170,9 +170,44 @@ def test_whole_blocks_are_solved_and_large_ones_by_their_diagonals():
         torch.testing.assert_close(diagonal.respond(forces, 20, None)[:, span], relative)
 
 
+@pytest.mark.parametrize("batch", [5, 80, 90])
+@pytest.mark.parametrize("damping", [2.0, None])
+def test_leading_columns_of_large_blocks_are_solved_as_a_whole_however_rows_are_batched(batch, damping):
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1.0, 3, 1, 2, 1, 5, 1]).double()
+    rows, forces = (torch.randn(n, 7, generator=generator).double() * scales for n in (90, 3))
+    rows[FIRST:] *= scales.flip(0).square()  # what comes later does not choose
+    spans = [slice(0, 4), slice(4, 7)]
+    fit = CurvatureFit(spans, rows, room=10, leading=2, flattened=0.5)
+    plain = CurvatureFit(spans, rows, room=10, flattened=0.5)
+    for part in rows.split(batch):
+        fit.add(part)
+        plain.add(part)
+    expected = plain.respond(forces, 90, damping)
+    for span in spans:
+        columns = span.start + rows[:FIRST, span].square().sum(0).argsort()[-2:]
+        curvature = rows[:, columns].T @ rows[:, columns] / 90
+        slack = 0.1 * curvature.diagonal().mean() if damping is None else damping
+        damped = curvature + slack * torch.eye(2).double()
+        expected[:, columns] = torch.linalg.solve(damped, forces[:, columns].T).T
+    torch.testing.assert_close(fit.respond(forces, 90, damping), expected)
+
+
+def test_few_rows_choose_the_leading_columns_too():
+    rows = torch.tensor([[3.0, 1.0, 2.0], [3.0, -1.0, 2.0]]).double()
+    fit = CurvatureFit([slice(0, 3)], rows, room=10, leading=2, flattened=1.0)
+    fit.add(rows)
+    damped = rows[:, [0, 2]].T @ rows[:, [0, 2]] / 2 + torch.eye(2).double()
+    found = fit.respond(torch.ones(1, 3).double(), 2, 1.0)
+    torch.testing.assert_close(found[:, [0, 2]], torch.linalg.solve(damped, torch.ones(2, 1).double()).T)
+    torch.testing.assert_close(found[:, 1], torch.tensor([0.5]).double())
+
+
 def test_a_block_that_nothing_reached_answers_nothing():
-    fit = CurvatureFit([slice(0, 2)], torch.zeros(1))
-    assert torch.equal(fit.respond(torch.zeros(1, 2), 5, None), torch.zeros(1, 2))
+    whole = CurvatureFit([slice(0, 2)], torch.zeros(1))
+    for fit in (whole, CurvatureFit([slice(0, 2)], torch.zeros(1), room=0, leading=1)):
+        fit.add(torch.zeros(3, 2))
+        assert torch.equal(fit.respond(torch.zeros(1, 2), 5, None), torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("columns", [{"ids": ["a", "a"]}, {"ids": ["a"]}, {"sources": ["x", "y", "z"]}])

@@ -50,6 +50,9 @@ class GaussNewton:
         wide: coordinates on each side among which they are looked for; longer sides are projected at random first.
         basis: how many examples the coordinates are fitted to.
         sample: how many examples curvature is fitted to.
+        leading: coordinates of each weight whose curvature is kept as a whole where that of the weight is too large;
+            of the others, the diagonal is.
+        flattened: share of the damping that such diagonals take.
         seed: of these choices, and of the predictions drawn for the curvature.
     """
 
@@ -58,6 +61,8 @@ class GaussNewton:
     wide: int = 1024
     basis: int = 512
     sample: int = 4096
+    leading: int = 512
+    flattened: float = 0.01
     seed: int = 0
 
     name = "gauss_newton"
@@ -97,14 +102,15 @@ class GaussNewton:
         scores_QN = np.zeros((sum(map(len, behaviors)), len(examples)), np.float32)
         with GradientRows(model, projections).opened() as rows:
             queries_QK = torch.stack([rows.of_query(b, q) for b in behaviors for q in range(len(b))])
-            fit, chosen = CurvatureFit([w.span for w in projections.plan.weights], queries_QK), self.sample
+            spans, chosen = [w.span for w in projections.plan.weights], self.sample
+            fit = CurvatureFit(spans, queries_QK, leading=self.leading, flattened=self.flattened)
             for positions in examples.drawn(chosen, generator):
                 for record in rows.of_curvature(examples, positions, generator):
                     fit.add(record.sketches)
             damping = 1 + metric.decay if metric else None
-            answers_QK = fit.respond(queries_QK, min(chosen, len(examples)), damping) / len(examples)
+            answers_QK = fit.respond(queries_QK, min(chosen, len(examples)), damping) / -len(examples)
             for positions in progress(examples.batches(), "scoring"):
-                found_QB = -answers_QK @ rows.of_losses(examples, positions).T
+                found_QB = answers_QK @ rows.of_losses(examples, positions).T
                 scores_QN[:, positions] = found_QB.float().cpu().numpy()
         return scores_QN
 
