@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -10,9 +11,9 @@ from trainer_attrib.analysis.beside import TOP, Beside, by_chance, compared
 from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.recipes.products import GradCos
 from trainer_attrib.analysis.recipes.recipe import Question
+from trainer_attrib.analysis.retrieval.best import best_places
 from trainer_attrib.errors import AnalysisError, ConfigurationError, MissingExtraError
 from trainer_attrib.evaluation.lexical import bm25_scores
-from trainer_attrib.numerics.scores import rank
 
 BM25, COSINE, RANDOM = "bm25", GradCos.name, "random"
 CONTROLS = (BM25, COSINE, RANDOM)
@@ -30,8 +31,11 @@ def controls_of(
         raise ConfigurationError(f"Unknown controls {sorted(unknown)}.", fix=f"use some of {list(CONTROLS)}.")
     if not scores_QN.shape[1]:
         return (), ()
-    ids = examples.ids.astype(str)
-    ours_QK = np.array([rank(row, ids, TOP, largest=True) for row in np.nan_to_num(scores_QN, nan=-np.inf)])
+
+    @cache
+    def ours() -> np.ndarray:
+        return best_places(scores_QN, TOP, lambda _, at: examples.ids[at].astype(str), largest=True)
+
     make: dict[str, Callable[[], np.ndarray]] = {
         BM25: lambda: _lexical(question, examples),
         COSINE: lambda: _cosines(question, examples),
@@ -39,19 +43,19 @@ def controls_of(
     beside, notes = list[Beside](), list[str]()
     for name in wanted:
         if name == RANDOM:
-            beside.append(by_chance(len(scores_QN), len(ids), ours_QK.shape[1]))
+            beside.append(by_chance(len(scores_QN), len(examples), min(TOP, len(examples))))
             continue
         try:
-            beside.append(compared(name, make[name](), ours_QK))
+            beside.append(compared(name, make[name](), ours()))
         except (AnalysisError, MissingExtraError) as missing:
             notes.append(f"no {name} beside these scores: {str(missing).splitlines()[0]}")
     return tuple(beside), tuple(notes)
 
 
 def _lexical(question: Question, examples: InfluenceExamples) -> np.ndarray:
-    texts = [text or "" for text in examples.texts]
-    if not any(texts):
+    if not any(examples.texts):
         raise AnalysisError("the examples were recorded without texts.", fix="a data set with texts, if it has any.")
+    texts = [text or "" for text in examples.texts]
     return bm25_scores([query for b in question.behaviors for query in b.queries], texts)
 
 

@@ -57,7 +57,7 @@ def influence(question: Question, recipe: str | Recipe, controls: Sequence[str] 
     firsts = np.cumsum([0, *(len(stage.examples) for stage in stages)])[:-1]
     places = [stage.places + first for stage, first in zip(stages, firsts, strict=True) if stage.places is not None]
     general = [chosen.caveat] if chosen.caveat else []
-    scores = np.concatenate([stage.scores for stage in stages], axis=1)
+    scores = stages[0].scores if len(stages) == 1 else np.concatenate([stage.scores for stage in stages], axis=1)
     examples = InfluenceExamples.concatenate([stage.examples for stage in stages])
     wanted = [] if question.keep is not None else [name for name in controls if name != chosen.name]
     beside, missing = controls_of(wanted, question, scores, examples)

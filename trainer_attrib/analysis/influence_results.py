@@ -37,6 +37,8 @@ class InfluenceExamples:
     @staticmethod
     def concatenate(parts: Sequence[InfluenceExamples]) -> InfluenceExamples:
         """The examples of several stages, in order."""
+        if len(parts) == 1:
+            return parts[0]
         return InfluenceExamples(
             np.concatenate([part.stages for part in parts]),
             np.concatenate([part.ids for part in parts]),

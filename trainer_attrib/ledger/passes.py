@@ -162,7 +162,7 @@ class PassReader(StageReader):
         """See :meth:`StageReader.example_parts`: one for each snapshot."""
         return list(range(len(self._made)))
 
-    def examples_of(self, ids: frozenset[str], part: Any) -> pa.Table:
+    def examples_of(self, ids: frozenset[str] | None, part: Any) -> pa.Table:
         """Example, source and text of some examples."""
         return some_of(self._made[part].examples().cast(EXAMPLES), ids)
 

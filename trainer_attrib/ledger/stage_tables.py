@@ -77,8 +77,8 @@ class StageTables(StageTensors):
         """Where examples are told of, for :meth:`examples_of`."""
         return self.parts()
 
-    def examples_of(self, ids: frozenset[str], part: Any) -> pa.Table:
-        """Example, source and text of some examples, of those that one part tells of."""
+    def examples_of(self, ids: frozenset[str] | None, part: Any) -> pa.Table:
+        """Example, source and text of some examples, of those that one part tells of; None: of all of them."""
         return some_of(self._kind(part, "examples"), ids)
 
     def sources(self) -> dict[str, str | None]:
@@ -114,8 +114,10 @@ class StageTables(StageTensors):
         return corrupt(self._storage, f"{self._folder}/{name}", why)
 
 
-def some_of(examples: pa.Table, ids: frozenset[str]) -> pa.Table:
-    """The rows of some examples."""
+def some_of(examples: pa.Table, ids: frozenset[str] | None) -> pa.Table:
+    """The rows of some examples; None: of all."""
+    if ids is None:
+        return examples
     return examples.filter(pa.array([example in ids for example in examples["example"].to_pylist()], pa.bool_()))
 
 

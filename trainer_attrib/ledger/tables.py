@@ -81,7 +81,7 @@ def _are_steps(numbers: np.ndarray) -> bool:
 
 def _parsed(data: bytes, rows: int | None, columns: Collection[str] | None) -> pa.Table:
     """The table, if what it says of itself is what is known of it."""
-    file = pq.ParquetFile(pa.BufferReader(data))
+    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)  # it is in memory
     about = file.metadata
     if rows is not None and about.num_rows != rows:
         raise ValueError(f"{about.num_rows} rows, expected {rows}")

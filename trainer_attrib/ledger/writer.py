@@ -164,5 +164,6 @@ class StageWriter:
 
 def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema), sink)
+    repeated: Any = [name for name in schema.names if name != "example"]  # a dictionary of ids has all of them
+    pq.write_table(pa.Table.from_pylist(rows, schema), sink, use_dictionary=repeated)
     return sink.getvalue()

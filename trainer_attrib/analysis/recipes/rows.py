@@ -21,14 +21,27 @@ from trainer_attrib.analysis.retrieval.groups import StageSums
 from trainer_attrib.analysis.retrieval.part_scores import PartSums, TopK, top_k
 from trainer_attrib.analysis.retrieval.plan import Plan
 from trainer_attrib.analysis.retrieval.sources import ByName, FirstSeen, Numbered, Sources, joined
-from trainer_attrib.analysis.retrieval.visits import AllScores, Found, PartVisits, numbered, part_sums, part_visits
+from trainer_attrib.analysis.retrieval.visits import (
+    AllScores,
+    Found,
+    PartVisits,
+    Scores,
+    SingleScores,
+    numbered,
+    part_sums,
+    part_visits,
+    single_visits,
+)
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.execution.runner import Runner
 from trainer_attrib.ledger.reader import StageReader
-from trainer_attrib.ledger.schema import ROWS
+from trainer_attrib.ledger.schema import EXAMPLES, ROWS
 
 Score = Callable[[Rows], Tensor]
 """Rows [N] -> scores [Q, N]."""
+
+Counted = Callable[[pa.Table], tuple[PartVisits, np.ndarray]]
+"""Rows -> the examples that they are of, and which of them each row is of."""
 
 Exact = Callable[[Question, Score, int], Found]
 """Scans the rows of a question by a function that gives scores of so many queries."""
@@ -109,18 +122,20 @@ def _collect(
 ) -> Found:
     """All scores, or both ends of them; row by row they are added to the sums."""
     if question.keep is None:
-        every = AllScores(queries, sums=recipe.sums_visits)
-        once = stage.reader.visited_once(stage.parts)
-        seen = FirstSeen(stage.reader) if once else ByName(stage.reader.sources())
-        for found in stage.map(ScorePart(score, queries, seen), "scoring", question.where):
+        every: Scores = SingleScores(queries)
+        asked = ScorePart(score, queries, FirstSeen(stage.reader, EXAMPLES.names), single_visits)
+        if not stage.reader.visited_once(stage.parts):
+            every = AllScores(queries, sums=recipe.sums_visits)
+            asked = ScorePart(score, queries, ByName(stage.reader.sources()), part_visits)
+        for found in stage.map(asked, "scoring", question.where):
             every.add(found.visits, found.sums)
             sums.merge(found.groups)
         return every.found()
-    plan, sources = _planned(question, stage)
+    plan, sources, visits = _planned(question, stage)
     kept = []
     for number, group in enumerate(plan.groups(queries)):
         ends = Ends(plan, len(range(queries)[group]), question.keep, sums=recipe.sums_visits)
-        whole = ScorePart(score, queries, sources)
+        whole = ScorePart(score, queries, sources, visits)
         asked = BestOfPart(whole, plan, group, question.keep, recipe.sums_visits, number == 0)
         for best in stage.map(asked, "scoring", question.where):
             ends.add(best)
@@ -130,14 +145,15 @@ def _collect(
     return together(kept)
 
 
-def _planned(question: Question, stage: StreamedStage) -> tuple[Plan, Sources]:
+def _planned(question: Question, stage: StreamedStage) -> tuple[Plan, Sources, Counted]:
     """Which examples are in several parts, and the sources of all. Where no example can be, nothing is read."""
     if stage.reader.visited_once(stage.parts):
-        return Plan.nothing_open(), FirstSeen(stage.reader)
+        return Plan.nothing_open(), FirstSeen(stage.reader), single_visits
     parts = list(stage.map(count_part, "counting", question.where))
     ids, at = numbered([part.ids for part in parts])
     numbers = np.split(at, np.cumsum([len(part.ids) for part in parts])[:-1]) if parts else []
-    return Plan.of(parts, numbers), Numbered(joined(ids, stage.reader.examples(("example", "source"))), numbers)
+    coded = joined(ids, stage.reader.examples(("example", "source")))
+    return Plan.of(parts, numbers), Numbered(coded, numbers), part_visits
 
 
 def count_part(_: Comparable, parts: Sequence[Part], __: int) -> PartVisits:
@@ -153,19 +169,21 @@ class ScorePart:
         score: rows [N] -> scores [Q, N].
         queries: Q.
         sources: of the examples of each part.
+        visits: finds the examples of rows.
     """
 
     score: Score
     queries: int
     sources: Sources
+    visits: Counted
 
     def __call__(self, rows: Comparable, parts: Sequence[Part], number: int) -> PartSums:
         """Sums over each example's rows, and over groups of rows."""
         table = _together([part.table for part in parts])
         found = [self.score(chunk).numpy() for part in parts for chunk in part.rows()]
         scores_QN = np.concatenate([np.zeros((self.queries, 0), np.float32), *found], axis=1)
-        visits, at = part_visits(table)
-        names, codes = self.sources.of(number, places_of(parts), visits.ids)
+        visits, at = self.visits(table)
+        (names, codes), visits = self.sources.of(number, places_of(parts), visits)
         groups = StageSums(rows.reader.name)
         groups.add(names, codes[at], table["step"].to_numpy(), scores_QN)
         return PartSums(visits, part_sums(at, len(visits.ids), scores_QN), groups)
@@ -202,21 +220,24 @@ def _together(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _examples_of(stage: StageReader, found: Found, runner: Runner) -> InfluenceExamples:
+    sources, texts = _told(stage, found, runner)
+    stages, ids = np.full(len(found.ids), stage.name, object), np.array(found.ids, object)
+    return InfluenceExamples(stages, ids, found.last_steps, sources, texts)
+
+
+def _told(stage: StageReader, found: Found, runner: Runner) -> tuple[list[str | None], list[str | None]]:
+    """Sources and texts of examples."""
+    if found.told is not None:
+        return found.told["source"].to_pylist(), found.told["text"].to_pylist()
     parts = runner.once(stage.example_parts)  # more may be sealed while several processes look
-    tables = runner.map(partial(stage.examples_of, frozenset(found.ids)), parts)
+    wanted = None if found.places is None else frozenset(found.ids)
     told = dict[str, tuple[str | None, str | None]]()
-    for table in tables:
-        columns = (table[name].to_pylist() for name in ("example", "source", "text"))
+    for table in runner.map(partial(stage.examples_of, wanted), parts):
+        columns = (table[name].to_pylist() for name in EXAMPLES.names)
         for example, source, text in zip(*columns, strict=True):
             told.setdefault(example, (source, text))
     both = [told.get(example, (None, None)) for example in found.ids]
-    return InfluenceExamples(
-        stages=np.array([stage.name] * len(found.ids), dtype=object),
-        ids=np.array(found.ids, dtype=object),
-        steps=found.last_steps,
-        sources=[source for source, _ in both],
-        texts=[text for _, text in both],
-    )
+    return [source for source, _ in both], [text for _, text in both]
 
 
 def _streamed(stage: StreamedStage) -> list[str]:

@@ -23,7 +23,8 @@ from trainer_attrib.progress import progress
 Answer = TypeVar("Answer")
 
 _COMPARED = ("example", "step", "norm", "denominator", "version", "complete")  # half of a row's columns
-CHUNK_BYTES = 4 << 20  # of float32 rows at a time: what a cache holds is multiplied before it leaves it
+CHUNK_BYTES = 8 << 20  # of float32 rows at a time: what a cache holds is multiplied before it leaves it
+ROWS = 8192  # of small parts that have one answer: an answer costs as much for few rows as for many
 
 
 @dataclass(frozen=True)
@@ -210,17 +211,21 @@ class StreamedStage:
         *,
         large: bool = False,
     ) -> Iterator[Answer]:
-        """Answers about the parts of the ledger, in order.
+        """Answers about the parts of the ledger, in order. Of a long ledger several small ones have one answer: how
+        many depends on the ledger alone, as sums must.
 
         Args:
-            work: of the rows, those of one part, which may be none, and the part's number. It may run elsewhere.
+            work: of the rows, those of some parts, which may be none, and the answer's number. It may run elsewhere.
             title: for the progress bar.
             where: conditions that rows must meet.
-            large: answers are about as large as parts, so that up to 16 parts of a long ledger have one answer. How
-                many depends on the ledger alone, as sums must.
+            large: answers are about as large as parts, so that up to 16 parts of a long ledger have one answer.
         """
         self.tally, parts = Tally(), self.parts
-        size = max(1, min(16, len(parts) // 64)) if large else 1
+        if large:
+            size = max(1, min(16, len(parts) // 64))
+        else:
+            rows = sum(part.entry["rows"] for part in parts)
+            size = max(1, min(ROWS * len(parts) // max(1, rows), len(parts) // 8))
         tasks = [(number, parts[first : first + size]) for number, first in enumerate(range(0, len(parts), size))]
         asked = _OnParts(self._compared(where), work)
         for answer, tally in progress(self.runner.map(asked, tasks), f"{title} {self.reader.name}", len(tasks)):

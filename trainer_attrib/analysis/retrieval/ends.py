@@ -61,7 +61,7 @@ class Ends:
             scores[query, : len(found)], numbers_QM[query, : len(found)] = found, numbers
         known = np.unique(np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in kept)]))
         places = np.where(np.isnan(scores), 0, np.searchsorted(known, numbers_QM))
-        return Found(named(self._ids, known).tolist(), self._last_steps[known], scores, places)
+        return Found(named(self._ids, known).tolist(), self._last_steps[known].astype(np.int64), scores, places)
 
     def _ended(self, open_sums_QM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores, float32 [Q, E], and last steps of the open examples whose last part this is."""
@@ -122,6 +122,8 @@ def ends_of(scores_QN: np.ndarray, ids_N: np.ndarray, keep: int) -> tuple[np.nda
 
 def together(groups: Sequence[Found]) -> Found:
     """What was found for groups of queries, one after the other, over the same rows."""
+    if len(groups) == 1:
+        return groups[0]
     steps = {i: int(step) for found in groups for i, step in zip(found.ids, found.last_steps, strict=True)}
     place = {example: number for number, example in enumerate(steps)}
     width = max(found.scores.shape[1] for found in groups)

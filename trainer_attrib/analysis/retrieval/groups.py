@@ -73,23 +73,39 @@ class StageSums:
             steps: of the rows, [N].
             scores_QN: their scores.
         """
+        scores_QN = scores_QN.astype(np.float64)
         self.by_source.add(*_used(sources, of_N), scores_QN)
-        found, at_N = np.unique(steps, return_inverse=True)
+        found, at_N = _runs(steps)
         self.by_step.add(found.tolist(), at_N, scores_QN)
 
 
 def _used(labels: Sequence[Hashable], at_N: np.ndarray) -> tuple[list[Hashable], np.ndarray]:
     """The labels that occur, in the order in which they do first, and which of them each row has."""
-    codes, first, back = np.unique(at_N % max(1, len(labels)), return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.argsort(order)
-    return [labels[code] for code in codes[order]], place[back]
+    codes_N, first = at_N % max(1, len(labels)), np.full(len(labels), len(at_N))
+    first[codes_N[::-1]] = np.arange(len(at_N))[::-1]  # of what is written to one place the last stays
+    order = np.argsort(first)[: np.count_nonzero(first < len(at_N))]
+    place = np.zeros(len(labels), np.int64)
+    place[order] = np.arange(len(order))
+    return [labels[code] for code in order], place[codes_N]
+
+
+def _runs(values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Different values in ascending order, and which of them each is; where they ascend nothing is sorted."""
+    rises = np.diff(values_N, prepend=values_N[:1])
+    if (rises < 0).any():
+        return np.unique(values_N, return_inverse=True)
+    at_N = np.cumsum(rises > 0)
+    return values_N[np.flatnonzero(np.append(len(values_N) > 0, rises[1:] > 0))], at_N
 
 
 def _totals(at_N: np.ndarray, values_QN: np.ndarray, labels: int) -> np.ndarray:
-    """Sums by label, float64 [Q, labels], without sorting the rows. Infinity times zero would reach other labels."""
-    if labels <= FEW and np.isfinite(values_QN).all():
-        return values_QN.astype(np.float64) @ np.eye(labels)[at_N]
+    """Sums by label, float64 [Q, labels], without sorting the rows. Infinity times zero reaches other labels: then the
+    product is not taken."""
+    if labels <= FEW:
+        with np.errstate(invalid="ignore"):
+            sums = values_QN.astype(np.float64, copy=False) @ np.eye(labels)[at_N]
+        if np.isfinite(sums).all():
+            return sums
     return np.array([np.bincount(at_N, row, labels) for row in values_QN]).reshape(len(values_QN), labels)
 
 

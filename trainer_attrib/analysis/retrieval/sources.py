@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from trainer_attrib.analysis.retrieval.visits import numbered
+from trainer_attrib.analysis.retrieval.visits import PartVisits, numbered
 from trainer_attrib.ledger.reader import RowPart, StageReader
+from trainer_attrib.ledger.schema import EXAMPLES
 
 Coded = tuple[Sequence[str | None], np.ndarray]
 """Names of sources, and which of them each of N examples has, [N]."""
@@ -19,27 +20,35 @@ Coded = tuple[Sequence[str | None], np.ndarray]
 class Sources(Protocol):
     """Knows the sources of the examples of a part."""
 
-    def of(self, number: int, places: Sequence[RowPart], ids: pa.Array) -> Coded:
-        """Of some examples.
+    def of(self, number: int, places: Sequence[RowPart], visits: PartVisits) -> tuple[Coded, PartVisits]:
+        """Of some examples, and the examples with what else was read of them.
 
         Args:
             number: of the part, in the order in which parts are scored.
             places: of its rows in the ledger.
-            ids: of its examples, each once.
+            visits: of its examples.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FirstSeen:
-    """For stages whose parts list the examples of all their rows: nothing of other parts is looked at."""
+    """For stages whose parts list the examples of all their rows: nothing of other parts is looked at.
+
+    Args:
+        reader: of the stage.
+        columns: that are read of the examples, example and source among them.
+    """
 
     reader: StageReader
+    columns: Sequence[str] = ("example", "source")
 
-    def of(self, number: int, places: Sequence[RowPart], ids: pa.Array) -> Coded:
+    def of(self, number: int, places: Sequence[RowPart], visits: PartVisits) -> tuple[Coded, PartVisits]:
         """See :class:`Sources`."""
-        tables = [self.reader.examples_in(place, ("example", "source")) for place in places]
-        return joined(ids, pa.concat_tables(tables)) if tables else ([None], np.full(len(ids), 0, np.int32))
+        tables = [self.reader.examples_in(place, self.columns) for place in places]
+        examples = pa.concat_tables([EXAMPLES.empty_table().select(self.columns), *tables])
+        same = examples["example"].combine_chunks().equals(visits.ids)
+        return (in_order(examples), replace(visits, told=examples)) if same else (joined(visits.ids, examples), visits)
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,10 @@ class Numbered:
     coded: Coded
     numbers: Sequence[np.ndarray]
 
-    def of(self, number: int, places: Sequence[RowPart], ids: pa.Array) -> Coded:
+    def of(self, number: int, places: Sequence[RowPart], visits: PartVisits) -> tuple[Coded, PartVisits]:
         """See :class:`Sources`."""
         names, codes_N = self.coded
-        return names, codes_N[self.numbers[number]]
+        return (names, codes_N[self.numbers[number]]), visits
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,22 @@ class ByName:
 
     sources: Mapping[str, str | None]
 
-    def of(self, number: int, places: Sequence[RowPart], ids: pa.Array) -> Coded:
+    def of(self, number: int, places: Sequence[RowPart], visits: PartVisits) -> tuple[Coded, PartVisits]:
         """See :class:`Sources`."""
-        return coded([self.sources.get(example) for example in ids.to_pylist()])
+        return coded([self.sources.get(example) for example in visits.ids.to_pylist()]), visits
 
 
 def coded(sources: Sequence[str | None]) -> Coded:
     """Sources that are given by name, one for each example."""
     codes = {name: code for code, name in enumerate(dict.fromkeys(sources))}
     return list(codes), np.array([codes[name] for name in sources], np.int32)
+
+
+def in_order(examples: pa.Table) -> Coded:
+    """The sources of examples in the order of the ledger's column source."""
+    coded = examples["source"].combine_chunks().dictionary_encode()
+    codes_N = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)  # the last name: none
+    return [*coded.dictionary.to_pylist(), None], codes_N
 
 
 def joined(ids: pa.Array, examples: pa.Table) -> Coded:
@@ -84,8 +100,8 @@ def joined(ids: pa.Array, examples: pa.Table) -> Coded:
         ids: of examples, each once, [N].
         examples: in any order, others among them.
     """
+    names, codes_M = in_order(examples)
     at = numbered([ids, *examples["example"].chunks])[1][len(ids) :]
-    coded, here = examples["source"].combine_chunks().dictionary_encode(), at < len(ids)
-    codes_N = np.full(len(ids), -1, np.int32)  # the last name: none
-    codes_N[at[here]] = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)[here]
-    return [*coded.dictionary.to_pylist(), None], codes_N
+    codes_N, here = np.full(len(ids), -1, np.int32), at < len(ids)
+    codes_N[at[here]] = codes_M[here]
+    return names, codes_N

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +22,14 @@ class Found:
         last_steps: last step in which each took part, [N].
         scores: float32 [Q, M].
         places: which example each score is of; None: all of them, in order, [Q, M].
+        told: what the ledger tells of the examples, in their order; None: it was not read.
     """
 
     ids: list[str]
     last_steps: np.ndarray
     scores: np.ndarray
     places: np.ndarray | None = None
+    told: pa.Table | None = None
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class PartVisits:
         ids: [N].
         counts: rows of each, int32 [N].
         last_steps: of each, int32 [N].
+        told: what the ledger tells of each, in this order; None: it was not read.
     """
 
     ids: pa.StringArray
     counts: np.ndarray
     last_steps: np.ndarray
+    told: pa.Table | None = None
 
 
 def named(ids: pa.Array, places: np.ndarray) -> np.ndarray:
@@ -66,6 +71,12 @@ def part_visits(table: pa.Table) -> tuple[PartVisits, np.ndarray]:
     counts, last_steps = np.bincount(at, minlength=len(ids)).astype(np.int32), np.zeros(len(ids), np.int32)
     np.maximum.at(last_steps, at, table["step"].to_numpy().astype(np.int32))
     return PartVisits(ids, counts, last_steps), at
+
+
+def single_visits(table: pa.Table) -> tuple[PartVisits, np.ndarray]:
+    """:func:`part_visits` of rows that are known to be of different examples: no ids are compared."""
+    steps = table["step"].to_numpy().astype(np.int32)
+    return PartVisits(table["example"].combine_chunks(), np.ones_like(steps), steps), np.arange(len(steps))
 
 
 def part_sums(at: np.ndarray, examples: int, scores_QN: np.ndarray) -> np.ndarray:
@@ -114,8 +125,44 @@ def grown(values: np.ndarray, length: int) -> np.ndarray:
     return base[..., :length]
 
 
+class Scores(Protocol):
+    """Every score of every example: [Q, N] numbers are held."""
+
+    def add(self, part: PartVisits, sums_QN: np.ndarray) -> None:
+        """Take in the examples of one part and the sums of their rows' scores."""
+        ...
+
+    def found(self) -> Found:
+        """The scores of all examples."""
+        ...
+
+
+class SingleScores:
+    """:class:`Scores` where no example is in two parts: they are put side by side.
+
+    Args:
+        queries: Q.
+    """
+
+    def __init__(self, queries: int) -> None:
+        self._parts, self._scores = list[PartVisits](), [np.zeros((queries, 0), np.float32)]
+
+    def add(self, part: PartVisits, sums_QN: np.ndarray) -> None:
+        """See :class:`Scores`."""
+        self._parts.append(part)
+        self._scores.append(sums_QN)
+
+    def found(self) -> Found:
+        """See :class:`Scores`."""
+        ids = [example for part in self._parts for example in part.ids.to_numpy(zero_copy_only=False)]
+        last_steps = np.concatenate([np.zeros(0, np.int32), *(part.last_steps for part in self._parts)])
+        told = [part.told for part in self._parts if part.told is not None]
+        whole = pa.concat_tables(told) if told and len(told) == len(self._parts) else None
+        return Found(ids, last_steps, np.concatenate(self._scores, axis=1), told=whole)
+
+
 class AllScores:
-    """Every score of every example: [Q, N] numbers are held.
+    """:class:`Scores` where an example may be in several parts.
 
     Args:
         queries: Q.
@@ -127,13 +174,13 @@ class AllScores:
         self._scores_QN = np.zeros((queries, 0))
 
     def add(self, part: PartVisits, sums_QN: np.ndarray) -> None:
-        """Take in the examples of one part and the sums of their rows' scores."""
+        """See :class:`Scores`."""
         numbers_N = self._visits.add(part)
         self._scores_QN = grown(self._scores_QN, len(self._visits.index))
         in_order = len(numbers_N) and bool((np.diff(numbers_N) == 1).all())  # a slice is added to many times faster
         self._scores_QN[:, slice(numbers_N[0], numbers_N[-1] + 1) if in_order else numbers_N] += sums_QN
 
     def found(self) -> Found:
-        """The scores of all examples."""
+        """See :class:`Scores`."""
         scores = means(self._scores_QN, self._visits.counts, sums=self._sums)
         return Found(list(self._visits.index), self._visits.last_steps, scores)
