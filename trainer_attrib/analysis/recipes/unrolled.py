@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainer_attrib.analysis.influence_results import InfluenceExamples
 from trainer_attrib.analysis.recipes.recipe import Question, StageScores
-from trainer_attrib.analysis.unrolled.smoothness import smoothness
-from trainer_attrib.analysis.unrolled.unroll import Effort, StageDerivatives, unroll
 from trainer_attrib.errors import ConfigurationError, MissingProgramError
+
+if TYPE_CHECKING:
+    from trainer_attrib.analysis.unrolled.unroll import StageDerivatives
 
 NOTICED = 1e-3  # shares of what is not as it should be that are told
 
@@ -64,6 +66,8 @@ class Unrolled:
             AnalysisError: a loss cannot be differentiated twice.
         """
         self._refuse(question)
+        from trainer_attrib.analysis.unrolled.unroll import Effort, unroll  # of all recipes, this one needs most code
+
         found = unroll(question.lineage, question.stages, Effort(self.spacing, self.at_once))
         return [
             StageScores(_described(part), part.scores.astype(np.float32), tuple(self._said(question, part)))
@@ -92,6 +96,8 @@ class Unrolled:
     def _said(self, question: Question, part: StageDerivatives) -> Iterator[str]:
         name = f"stage '{part.stage.name}'"
         if self.check:
+            from trainer_attrib.analysis.unrolled.smoothness import smoothness
+
             yield str(smoothness(question.lineage, part, self.check, self.seed))
         else:
             yield f"{name}: whether training is smooth enough for these scores was not checked"
