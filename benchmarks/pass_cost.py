@@ -57,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows, checks = [], {}
     # One round is noisy (docs/log.md): the quick run spends all its time on the rows that are checked.
-    corrections, counts = (("factored",), (8, 50)) if options.quick else (("none", "factored"), (25, 60))
+    corrections, counts = (("factored",), (6, 36)) if options.quick else (("none", "factored"), (25, 60))
     for make, rounds in zip((language_model, perceptron), counts, strict=True):
         model, examples = make()
         for correction in corrections:
