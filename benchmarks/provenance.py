@@ -81,6 +81,7 @@ def provenance(source: str, found: dict[str, Any]) -> list[str]:
 
 
 METHODS = ("noise floor", "random", "change", "subtract", "first_order", "propagate", "shadow", "replay", "auto")
+BARS = ("noise floor", "random", *METHODS[3:])
 TABLES = {
     "capture_overhead": Table(
         "capture_overhead", ("run", "step", "standard error", "flop bound", "coverage", "bytes per example")
@@ -111,6 +112,10 @@ TABLES = {
     "stage_effects": Table(
         "stage_effects", ("method", "pearson", "rel. error"), "regime",
         keep=lambda row: row["method"] in METHODS and row["regime"] != "all",
+    ),
+    "stage_effects-bars": Table(
+        "stage_effects", ("method", "bar spearman", "cell oracle", "query oracle", "of cells", "covered"),
+        keep=lambda row: row["method"] in BARS and row["regime"] == "all",
     ),
     "spurious": Table("spurious", ("arm", "worst group"), "pipeline"),
     "influence_lds": Table("influence_lds", ("method", "LDS", "±"), "testbed"),
