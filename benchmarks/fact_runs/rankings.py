@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+from torch import Tensor
 
 from fact_runs.case import Case, Trained
 from fact_runs.training import STAGE
 from trainer_attrib import Analyzer
 from trainer_attrib.analysis.recipes.products import GradCos, GradDot
 from trainer_attrib.analysis.recipes.recipe import Recipe
-from trainer_attrib.analysis.recipes.trackstar import TrackStar
+from trainer_attrib.analysis.recipes.trackstar import CROSSING, TrackStar
 from trainer_attrib.evaluation.lexical import bm25_scores, tfidf_scores
 from trainer_attrib.evaluation.tail_patch import PatchStep, TailPatch, tail_patch
 from trainer_attrib.ledger.reader import Ledger
+from trainer_attrib.numerics.row_curvature import SecondMoments, mixing_weight, shrunk
 
 BM25, KEYWORDS, TFIDF = "bm25", "bm25, names only", "tf-idf"
 DOT, UNIT = "gradient dot", "gradient cosine (unit norm)"
 RAW_R, CORRECTED = "unit norm + R, no correction", "+ correction"
 TRAIN, TASK, MIXED = "+ correction + R_train", "+ correction + R_task", "TrackStar (mixed R)"
+PUBLISHED = "TrackStar, plain R_task in the mix"
+
+
+@dataclass(frozen=True)
+class PublishedMix(TrackStar):
+    """R = m R_task + (1 - m) R_train of plain second moments, as published; ours takes of queries what they share."""
+
+    def curvature(self, task: SecondMoments, train: SecondMoments) -> list[Tensor]:
+        """R of every block; the two spectra cross at one component in ``CROSSING``."""
+        asked = task.means()
+        trained = [shrunk(m, noise) for m, noise in zip(train.means(), train.noise(), strict=True)]
+        weight = mixing_weight(asked, trained, sum(map(len, trained)) // CROSSING)
+        return [weight * a_KK + (1 - weight) * t_KK for a_KK, t_KK in zip(asked, trained, strict=True)]
+
+
 RECIPES: dict[str, tuple[str, Recipe]] = {
     DOT: ("none", GradDot()),
     UNIT: ("none", GradCos()),
@@ -25,6 +44,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     CORRECTED: ("factored", TrackStar(train=False, task=False)),
     TASK: ("factored", TrackStar(train=False)),
     TRAIN: ("factored", TrackStar(task=False)),
+    PUBLISHED: ("factored", PublishedMix()),
     MIXED: ("factored", TrackStar()),
 }
 K = 10
