@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from trainer_attrib.analysis.behavior import Behavior, evaluating
-from trainer_attrib.errors import AnalysisError, NotComparableError
+from trainer_attrib.analysis.behavior import Behavior
+from trainer_attrib.analysis.gradient_rows import GradientRows
+from trainer_attrib.errors import NotComparableError
 from trainer_attrib.execution.runner import Runner, Serial
 from trainer_attrib.ledger.reader import StageReader
-from trainer_attrib.tap.module_tap import ModuleTap
 from trainer_attrib.tap.names import parameters_by_name
 from trainer_attrib.tap.plan import SketchPlan
 from trainer_attrib.tap.projections import Projections
-from trainer_attrib.types import Layout
 
 Sketcher = Callable[[StageReader, int], Tensor]
 """Stage and version of its second moments -> sketches of all queries, [Q, width]."""
@@ -60,18 +58,11 @@ class _QuerySketcher:
         whole = SketchPlan.from_dict(stage.meta["plan"])
         plan = whole.of_weights(_names(whole) - _missing(model, whole, stage))
         projections = Projections(plan, model, stage.factors(self.version), self.version)
-        tap = ModuleTap(model, plan, projections, _raise)
-        weights = [parameters_by_name(model)[weight.name] for weight in plan.weights]
-        # Compiled code gives sketches to `backward` only, and is not worth compiling for queries.
-        with evaluating(model), _trainable(weights), torch.compiler.set_stance("force_eager"):
-            tap.attach()
-            try:
-                rows = [_sketch(tap, model, weights, self.behaviors[b], q) for b, q in queries]
-            finally:
-                tap.detach()
+        with GradientRows(model, projections).opened() as found:
+            rows = torch.stack([found.of_query(self.behaviors[b], q).float().cpu() for b, q in queries])
         sketched = torch.zeros(len(rows), whole.width)
         for weight, part in zip((w for w in whole.weights if w.name in _names(plan)), plan.weights, strict=True):
-            sketched[:, weight.span] = torch.stack(rows)[:, part.span]
+            sketched[:, weight.span] = rows[:, part.span]
         return whole.pool(sketched * kept_entries(model, stage)) / projections.unit**2
 
 
@@ -132,20 +123,6 @@ def _missing(model: nn.Module, plan: SketchPlan, stage: StageReader) -> set[str]
     return missing
 
 
-def _sketch(tap: ModuleTap, model: nn.Module, weights: list[nn.Parameter], behavior: Behavior, query: int) -> Tensor:
-    record = tap.open(1, Layout.ONE)
-    with torch.enable_grad():
-        value = behavior.value_of(model, query)
-        if not value.requires_grad:
-            raise AnalysisError(
-                f"Behavior '{behavior.name}' has no gradient.",
-                cause="its measure detaches, rounds or samples.",
-                fix="influence needs a differentiable measure; for stage effects any measure will do.",
-            )
-        torch.autograd.grad(value, weights, allow_unused=True)  # only its hooks matter: nothing accumulates in .grad
-    return record.sketches[0].float().cpu()
-
-
 def kept_columns(model: nn.Module, stage: StageReader) -> Tensor:
     """1 for the columns of a stage's rows that are compared with the model's gradients, 0 for the others: [width]. A
     block of which some weights are compared is, as a whole."""
@@ -166,19 +143,3 @@ def kept_entries(model: nn.Module, stage: StageReader) -> Tensor:
 
 def _names(plan: SketchPlan) -> set[str]:
     return {weight.name for weight in plan.weights}
-
-
-@contextmanager
-def _trainable(weights: list[nn.Parameter]) -> Iterator[None]:
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    for weight in frozen:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
-def _raise(fault: Exception) -> None:
-    raise fault
