@@ -209,7 +209,7 @@ def test_a_behavior_without_gradient_is_refused_for_influence_only(tmp_path):
     rounded = Behavior("rounded", [torch.ones(6).double()], lambda m, items: m(torch.stack(items)).argmax(1).double())
     analyzer = Analyzer(run.ledger, run.model)
     assert analyzer.stage_effects([rounded], "change").rows
-    with pytest.raises(AnalysisError, match="has no gradient"):
+    with pytest.raises(AnalysisError, match="There is no gradient of behavior 'rounded'"):
         analyzer.influence([rounded])
 
 
