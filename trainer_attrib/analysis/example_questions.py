@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer_attrib.analysis import influence as influences
 from trainer_attrib.analysis.across_stages import CarriedQueries
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.calibration import BETAS, Calibration, Canaries, calibrate
-from trainer_attrib.analysis.checking import Check, check
 from trainer_attrib.analysis.controls import CONTROLS
 from trainer_attrib.analysis.effects.lineage import chosen_stages
 from trainer_attrib.analysis.effects.propagate import Propagate
-from trainer_attrib.analysis.error_queries import ErrorQueries
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.influence_results import Influence
 from trainer_attrib.analysis.opened import Opened
@@ -27,12 +25,15 @@ from trainer_attrib.analysis.recipes.tokens import token_scores
 from trainer_attrib.analysis.retrieval.faiss_candidates import Faiss
 from trainer_attrib.analysis.retrieval.where import Where
 from trainer_attrib.analysis.self_influence import GIVEN, SelfInfluence, given_self_influence, self_influence
-from trainer_attrib.analysis.suspects import DEFAULT_RECIPE, Suspects
-from trainer_attrib.analysis.verification import Removed, Verification, verify_removal
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.ledger.lance_rows import LanceTables
 from trainer_attrib.ledger.passes import PassReader
 from trainer_attrib.ledger.reader import StageReader
+
+if TYPE_CHECKING:  # loaded by those who ask
+    from trainer_attrib.analysis.checking import Check
+    from trainer_attrib.analysis.suspects import Suspects
+    from trainer_attrib.analysis.verification import Removed, Verification
 
 
 class ExampleQuestions(Opened):
@@ -135,12 +136,16 @@ class ExampleQuestions(Opened):
     ) -> Suspects:
         """The examples that most increased an error: :meth:`Suspects.of` the influence on behaviors that *grow* with
         it (:meth:`error_behavior`), by ``recipe`` (``DEFAULT_RECIPE``). See :meth:`influence` for the rest."""
+        from trainer_attrib.analysis.suspects import DEFAULT_RECIPE, Suspects
+
         found = self.influence(behaviors, stages, recipe or DEFAULT_RECIPE, data=data, source=source)
         return Suspects.of(found, k).located(self.lineage).told_by(data or {})
 
     def verify_removal(self, stage: str, asked: Removed) -> Verification:
         """Train a stage again without its suspects: is the error gone, and what else changed? See
         :func:`~trainer_attrib.analysis.verification.verify_removal`."""
+        from trainer_attrib.analysis.verification import verify_removal
+
         return verify_removal(self._view, self._stage(stage), asked)
 
     def sketch(self, data: Mapping[str, Examples], snapshots: Sequence[str] = ("end",)) -> list[Pass]:
@@ -177,6 +182,8 @@ class ExampleQuestions(Opened):
             ConfigurationError: other behaviors than were asked for, or a stage that did not lead to this model.
             MissingDataError: data hold none of the scored examples of a stage.
         """
+        from trainer_attrib.analysis.checking import check
+
         return check(self.model, [self._stage(name) for name in data], influence, behaviors, data, k)
 
     def token_scores(
@@ -238,6 +245,8 @@ class ExampleQuestions(Opened):
             BehaviorError: lists of different lengths, or nothing to measure.
             ConfigurationError: an unknown form or stage, or a form without what it needs.
         """
+        from trainer_attrib.analysis.error_queries import ErrorQueries
+
         queries = ErrorQueries(name, prompts, wrong, right, background)
         chosen = self.lineage[-1] if stage is None else self._stage(stage)
         return queries.behavior(self._view([]), chosen, tokenizer, form)
