@@ -24,7 +24,7 @@ Answer = TypeVar("Answer")
 
 _COMPARED = ("example", "step", "norm", "denominator", "version", "complete")  # half of a row's columns
 CHUNK_BYTES = 8 << 20  # of float32 rows at a time: what a cache holds is multiplied before it leaves it
-ROWS = 8192  # of small parts that have one answer: an answer costs as much for few rows as for many
+ROWS = 4096  # of small parts that have one answer, which costs as much for few rows; more parts are more memory
 
 
 @dataclass(frozen=True)
