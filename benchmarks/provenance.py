@@ -91,6 +91,7 @@ TABLES = {
     ),
     "shadow_overhead": Table("shadow_overhead", ("run", "step", "standard error", "for the shadow", "bound")),
     "pass_cost": Table("pass_cost", ("model", "rows", "ratio", "±", "plain again", "bytes per example")),
+    "pass_cost_peer": Table("pass_cost_peer", ("pass", "ratio", "±", "bound", "numbers per row")),
     "row_norms": Table("row_norms", ("model", "learning rate", "batch", "raw", "corrected")),
     "row_formats": Table(
         "row_formats",
@@ -100,7 +101,7 @@ TABLES = {
     "retrieval": Table(
         "retrieval", ("rows", "queries", "scan / raw", "both ends / raw", "speedup, source of 10 %", "both ends equal")
     ),
-    "import_cost": Table("import_cost", ("statement", "seconds over torch", "of torch")),
+    "import_cost": Table("import_cost", ("statement", "over", "seconds", "of that")),
     "scale": Table(
         "scale",
         ("rows", "GB", "CPU s per GB", "over bare products", "peak MB", "of which before", "speedup, 2 processes",
