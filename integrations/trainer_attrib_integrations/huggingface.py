@@ -76,7 +76,7 @@ class AttributionCallback(TrainerCallback):
             "sketch": sketch, "snapshots": snapshots, "strict": strict, "shadow": asked_shadows(shadow),
         }  # fmt: skip
         self._columns = (id_column, source_column)
-        self._closes_itself = self._reached_end = False
+        self._closes_itself = self._in_train = self._reached_end = False
         self._checkpoint: Path | None = None  # that training resumes from, if it was named
         self._recorder: Recorder | None = None
         self._ids: RidingIds | None = None
@@ -150,11 +150,11 @@ class AttributionCallback(TrainerCallback):
             recorder.attempt(lambda: _note(_checkpoint_of(args, state), recorder.checkpoint(), args.should_save))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the trainer as it was, and close the stage: where ``train`` closes it, not before other callbacks may
-        have put averaged weights into the model in this event."""
+        """Leave the trainer as it was, and close the stage: inside our ``train`` when that returns, since other
+        callbacks may put averaged weights into the model in this event."""
         self._leave()
         self._reached_end = True
-        if not self._closes_itself:
+        if not self._in_train:
             self._finish()
 
     def _place(self, name: str, args: Any, state: Any) -> tuple[str, int]:
@@ -222,6 +222,7 @@ class AttributionCallback(TrainerCallback):
         def closed_train(*args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs.get("resume_from_checkpoint")
             self._checkpoint = Path(given) if isinstance(given, str | os.PathLike) else None
+            self._in_train = True
             try:
                 found = train(*args, **kwargs)
                 if self._reached_end:
@@ -231,6 +232,7 @@ class AttributionCallback(TrainerCallback):
                 self._stop(f"{type(error).__name__}: {error}")
                 raise
             finally:
+                self._in_train = False
                 self._stop("training ended without telling its callbacks")
 
         return closed_train

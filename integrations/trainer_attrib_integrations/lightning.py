@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from trainer_attrib.ledger.resuming import place_to_begin
 from trainer_attrib.types import SketchConfig
 from trainer_attrib_integrations.scalars_lightning import LoggedScalars
 from trainer_attrib_integrations.shadows_lightning import OfferedBatches
+from trainer_attrib_integrations.wrapped import Wrapped
 
 
 def _callback_class() -> Any:
@@ -90,6 +91,7 @@ class AttributionCallback(Callback):
         self._noted: dict[str, Any] = {}  # by the checkpoint that training resumes from
         self._offered: OfferedBatches | None = None  # where there are shadows
         self._scalars: LoggedScalars | None = None
+        self._wrapped = Wrapped()
         self._batch = ExitStack()  # holds the recorder's block from a batch's start to its end
 
     # ---- a stage ------------------------------------------------------------------------------------------------
@@ -132,14 +134,20 @@ class AttributionCallback(Callback):
             self._recorder.clip_threshold = trainer.gradient_clip_val or None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave module and trainer as they were. The weights may not be final yet: callbacks that average them put the
-        averages into the module in this event."""
+        """Close the stage, once all callbacks have had this event: those that average weights put the averages into
+        the module in it. The strategy has it last, and only then moves the module away from its device."""
         self._leave()
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Close the stage."""
         if self._recorder is not None:
-            self._recorder.finish()
+            self._wrapped.put(trainer.strategy, "on_train_end", self._finishing(trainer.strategy.on_train_end))
+
+    def _finishing(self, on_train_end: Callable[[], None]) -> Callable[[], None]:
+        def finishing() -> None:
+            self._wrapped.remove()
+            on_train_end()
+            if self._recorder is not None:
+                self._recorder.finish()
+
+        return finishing
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close a stage that broke off."""
@@ -167,6 +175,7 @@ class AttributionCallback(Callback):
     def _leave(self) -> None:
         """Leave module and trainer as they were."""
         self._batch.close()
+        self._wrapped.remove()
         if self._offered is not None:
             self._offered.remove()
         self._offered = self._scalars = None

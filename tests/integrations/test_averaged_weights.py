@@ -94,6 +94,18 @@ def two_stages(tmp_path: Path) -> Callable[..., tuple[Analyzer, dict[str, Any]]]
     return make
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_stage_is_closed_before_the_module_leaves_its_device(tmp_path, package):
+    """The strategy's teardown moves it to the CPU."""
+    asked = fit(package, module(package), 1, [AttributionCallback(tmp_path, stage="one"), averaging(package, "ema")])
+    strategy, seen = asked.trainer.strategy, list[str]()
+    teardown = strategy.teardown
+    strategy.teardown = lambda: (seen.append(Ledger(tmp_path).stage("one").meta["status"]), teardown())
+    asked.train()
+    assert seen == ["complete"]
+    assert "on_train_end" not in vars(strategy)
+
+
 def margins() -> Behavior:
     found = rows(9)
     return Behavior.margin("margin", torch.stack([r["x"] for r in found]), torch.stack([r["labels"] for r in found]))
@@ -185,6 +197,15 @@ def test_a_callback_after_ours_may_change_the_weights_at_the_end(tmp_path):
     assert stage.meta["status"] == "complete"
     assert stage.meta["weights_replaced"]
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in stage.snapshot("end").items())
+
+
+def test_a_train_that_goes_around_ours_closes_its_stage_too(tmp_path):
+    """The class's ``train`` is called, so that nothing of ours is around it."""
+    trainer = trained(tmp_path, "one", Net())
+    Trainer.train(trainer)
+    stage = Ledger(tmp_path / "ledger").stage("one.2")
+    assert stage.meta["status"] == "complete"
+    assert not any(module._forward_hooks for module in trainer.model.modules())
 
 
 def test_the_best_checkpoint_is_the_end_of_its_stage(tmp_path):

@@ -41,7 +41,7 @@ class LastStep:
     def replaced(self) -> bool:
         """Whether something else has changed the weights since; waits for the device."""
         pairs = zip(self._left, self._now, strict=False)
-        return not all(torch.allclose(then, now, rtol=0, atol=0, equal_nan=True) for then, now in pairs)
+        return not all(torch.allclose(then, now.to(then.device), rtol=0, atol=0, equal_nan=True) for then, now in pairs)
 
     @property
     def _now(self) -> list[Tensor]:
