@@ -39,7 +39,6 @@ from trainer_attrib.tap.plan import plan_sketch
 from trainer_attrib.tap.projections import Projections
 
 HERE = Path(__file__).parent
-PEER_PYTHON = HERE.parent / ".venv-peer" / "bin" / "python"
 SKETCHES = {
     "raw": SketchConfig(rank=RANK, correction="none"),
     "corrected": SketchConfig(rank=RANK),
@@ -164,10 +163,7 @@ def notes_of(rows: dict[str, dict[str, Any]], peer: dict[str, Any] | None) -> li
 
 
 def main() -> None:
-    parser = report.parser((__doc__ or "").splitlines()[0])
-    found = os.environ.get("TRAINER_ATTRIB_PEER_PYTHON", PEER_PYTHON)
-    parser.add_argument("--peer-python", type=Path, default=Path(found), help="of the environment that has the peer")
-    chosen = parser.parse_args()
+    chosen = report.parser_with_peer((__doc__ or "").splitlines()[0]).parse_args()
     steps = chosen.seeds or (24 if chosen.quick else 120)
     peer = peer_figures(chosen.peer_python, steps)
     with tempfile.TemporaryDirectory() as temporary:

@@ -12,7 +12,6 @@ transformers' Trainer too: whoever trains has loaded that already, whoever asks 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import report
-from capture_overhead import PEER_PYTHON
 
 TORCH, TRANSFORMERS = "import torch", "import torch, transformers"
 TRAINER = f"{TRANSFORMERS}; transformers.Trainer"
@@ -68,10 +66,7 @@ def measured(first: str, asked: Mapping[str | Path, Mapping[str, str]], rounds: 
 
 
 def main() -> None:
-    arguments = report.parser((__doc__ or "").splitlines()[0])
-    found = os.environ.get("TRAINER_ATTRIB_PEER_PYTHON", PEER_PYTHON)
-    arguments.add_argument("--peer-python", type=Path, default=Path(found), help="of the environment that has the peer")
-    chosen = arguments.parse_args()
+    chosen = report.parser_with_peer((__doc__ or "").splitlines()[0]).parse_args()
     rounds = chosen.seeds or (5 if chosen.quick else 20)
     rows = measured(TORCH, {sys.executable: IMPORTS}, rounds)
     checks = {"import_seconds_over_torch": report.check(rows[-1]["seconds"], TARGET)}

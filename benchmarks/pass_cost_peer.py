@@ -20,7 +20,6 @@ from typing import Any
 
 import report
 import torch
-from capture_overhead import HERE, PEER_PYTHON
 from overhead_work import RANK, small_gpt2
 from pass_work import Pass, batches, ratios, tokens
 from torch import nn
@@ -30,6 +29,7 @@ from trainer_attrib.analysis.gradient_rows import GradientRows
 from trainer_attrib.tap.plan import plan_sketch
 from trainer_attrib.tap.projections import Projections
 
+HERE = Path(__file__).parent
 OURS = {
     "trainer-attrib": SketchConfig(rank=RANK),
     "trainer-attrib, peer's layers": SketchConfig(rank=RANK, modules="transformer.h.*"),
@@ -67,10 +67,7 @@ def peer_figures(python: Path, rounds: int) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    arguments = report.parser((__doc__ or "").splitlines()[0])
-    found = os.environ.get("TRAINER_ATTRIB_PEER_PYTHON", PEER_PYTHON)
-    arguments.add_argument("--peer-python", type=Path, default=Path(found), help="of the environment that has the peer")
-    options = arguments.parse_args()
+    options = report.parser_with_peer((__doc__ or "").splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     rounds = options.seeds or (5 if options.quick else 25)
     peer = peer_figures(options.peer_python, rounds)

@@ -8,7 +8,6 @@ take turns; CPU time over that of multiplying the memory-mapped rows with the qu
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import report
-from capture_overhead import PEER_PYTHON
 from scale import WIDTH, grown
 
 HERE = Path(__file__).parent
@@ -53,11 +51,7 @@ def same(ours: list[list[str]], theirs: list[list[int]]) -> float:
 
 
 def main() -> None:
-    arguments = report.parser((__doc__ or "").splitlines()[0])
-    arguments.add_argument(
-        "--peer-python", type=Path, default=os.environ.get("TRAINER_ATTRIB_PEER_PYTHON", PEER_PYTHON)
-    )
-    options = arguments.parse_args()
+    options = report.parser_with_peer((__doc__ or "").splitlines()[0]).parse_args()
     rows, repeats = (4_096, 1) if options.quick else (65_536, options.seeds or 3)
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as name:

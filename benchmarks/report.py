@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import sys
@@ -24,6 +25,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--quick", action="store_true", help="minutes on 2 cores; writes nothing")
     arguments.add_argument("--seeds", type=int, default=None, help="repetitions")
+    return arguments
+
+
+def parser_with_peer(description: str) -> argparse.ArgumentParser:
+    """The same, and ``--peer-python`` of the environment that has the closest peer (benchmarks/README.md)."""
+    arguments, here = parser(description), Path(__file__).parent.parent / ".venv-peer" / "bin" / "python"
+    found = Path(os.environ.get("TRAINER_ATTRIB_PEER_PYTHON", here))
+    arguments.add_argument("--peer-python", type=Path, default=found, help="of the environment that has the peer")
     return arguments
 
 
