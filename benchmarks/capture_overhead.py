@@ -39,6 +39,7 @@ from trainer_attrib.tap.plan import plan_sketch
 from trainer_attrib.tap.projections import Projections
 
 HERE = Path(__file__).parent
+GATE = 1.25  # of a plain step: what the quick run fails above
 SKETCHES = {
     "raw": SketchConfig(rank=RANK, correction="none"),
     "corrected": SketchConfig(rank=RANK),
@@ -162,16 +163,26 @@ def notes_of(rows: dict[str, dict[str, Any]], peer: dict[str, Any] | None) -> li
     ]
 
 
+def slowest(table: list[dict[str, Any]]) -> float:
+    """The largest of our runs' ratios to a plain step."""
+    return max(row["step"] for row in table if row["run"] in SKETCHES)
+
+
 def main() -> None:
     chosen = report.parser_with_peer((__doc__ or "").splitlines()[0]).parse_args()
     steps = chosen.seeds or (24 if chosen.quick else 120)
     peer = peer_figures(chosen.peer_python, steps)
     with tempfile.TemporaryDirectory() as temporary:
         table = measure(SKETCHES | (ON_PEER_LAYERS if peer else {}), steps, Path(temporary))
+    if chosen.quick and slowest(table) > GATE:
+        # Steps of a machine with neighbours differ by a fifth: a longer look, not a wider gate.
+        print(f"{slowest(table):.2f} of a plain step in {steps} steps: measured again in {4 * steps}")
+        with tempfile.TemporaryDirectory() as temporary:
+            table = measure(SKETCHES, 4 * steps, Path(temporary))
     rows = {row["run"]: row for row in [*table, *(peer_rows(peer) if peer else [])]}
     notes = notes_of(rows, peer)
     report.publish("capture_overhead", list(rows.values()), checks_of(rows), notes=notes, quick=chosen.quick)
-    if chosen.quick and max(rows[run]["step"] for run in SKETCHES) > 1.25:
+    if chosen.quick and slowest(table) > GATE:
         raise SystemExit("capture costs more than a quarter of a step: something is badly slower than it was")
 
 
