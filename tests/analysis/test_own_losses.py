@@ -15,7 +15,7 @@ from tests.analysis.test_gauss_newton import SPANS, examples, root_of_metric
 from tests.analysis.test_influence import gradient
 from trainer_attrib import Analyzer, Examples, Recorder, SketchConfig
 from trainer_attrib.analysis.effects.between_snapshots import BetweenSnapshots
-from trainer_attrib.analysis.own_losses import LeaveOneOut, SelfGaussNewton
+from trainer_attrib.analysis.own_losses import leave_one_out, self_gauss_newton
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
 from trainer_attrib.analysis.training_state import standing
 from trainer_attrib.errors import MissingDataError
@@ -120,8 +120,8 @@ def test_scores_equal_their_dense_definition(tmp_path, kind):
             lost[i] += loss
             left_out[i] += loss + float((g * root) @ moves + (own * root @ moves).square().sum() / 2)
     settings, data = GaussNewton(snapshots=states, rank=64), {"first": examples()}
-    first = analyzer.self_influence(metric=SelfGaussNewton(settings), data=data)
-    second = analyzer.self_influence("first", LeaveOneOut(settings), data)
+    first = analyzer.self_influence(metric=self_gauss_newton(settings), data=data)
+    second = analyzer.self_influence("first", leave_one_out(settings), data)
     for found, expected in ((first, lowered), (second, left_out)):
         scores = scores_of(found)
         np.testing.assert_allclose([scores[f"first/{i}"] for i in range(24)], expected / 2, rtol=1e-6)
@@ -154,7 +154,7 @@ def test_it_is_what_the_loss_becomes_when_training_leaves_an_example_out(tmp_pat
 
 def test_scores_do_not_depend_on_batches_and_examples_outside_of_the_fit_have_scores_too(tmp_path):
     run = three_stages(tmp_path / "run", stages=("first",))
-    analyzer, metric = Analyzer(run.ledger, run.model), LeaveOneOut(GaussNewton(snapshots=("end",), sample=10))
+    analyzer, metric = Analyzer(run.ledger, run.model), leave_one_out(GaussNewton(snapshots=("end",), sample=10))
     one, other = (
         scores_of(analyzer.self_influence(metric=metric, data={"first": examples(batch_size=size)})) for size in (24, 7)
     )

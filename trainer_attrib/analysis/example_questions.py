@@ -16,7 +16,7 @@ from trainer_attrib.analysis.effects.propagate import Propagate
 from trainer_attrib.analysis.examples import Examples
 from trainer_attrib.analysis.influence_results import Influence
 from trainer_attrib.analysis.opened import Opened
-from trainer_attrib.analysis.own_losses import LeaveOneOut, SelfGaussNewton
+from trainer_attrib.analysis.own_losses import OwnLossMetric
 from trainer_attrib.analysis.passes import Pass, Snapshots, sketch, source_of
 from trainer_attrib.analysis.programs import Program
 from trainer_attrib.analysis.recipes.directional import Directional
@@ -99,7 +99,7 @@ class ExampleQuestions(Opened):
     def self_influence(
         self,
         stage: str | None = None,
-        metric: str | SelfGaussNewton | LeaveOneOut = "fisher",
+        metric: str | OwnLossMetric = "fisher",
         data: Mapping[str, Examples] | None = None,
     ) -> SelfInfluence:
         """How much training on each example of a stage changed that very example: mislabelled and odd examples come

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,46 +44,39 @@ class OwnLosses:
 
 
 @dataclass(frozen=True)
-class SelfGaussNewton:
+class OwnLossMetric:
+    """What of :class:`OwnLosses` is an example's self-influence.
+
+    Args:
+        name: of the metric.
+        of: the score of each example, [N].
+        curvature: which states are looked at, and how curvature is fitted.
+    """
+
+    name: str
+    of: Callable[[OwnLosses], Tensor]
+    curvature: GaussNewton
+
+
+def self_gauss_newton(curvature: GaussNewton = AT_THE_END) -> OwnLossMetric:
     """By how much training on an example lowered its own loss, to first order.
 
     g^T P^(1/2) (P^(1/2) G P^(1/2) + decay + 1)^(-1) P^(1/2) g / N is the influence of :class:`GaussNewton` with the
     example for the query (Koh & Liang 2017, "Understanding black-box predictions via influence functions", section
     5.4).
-
-    Args:
-        curvature: which states are looked at, and how curvature is fitted.
     """
-
-    curvature: GaussNewton = AT_THE_END
-
-    name = "gauss_newton"
-
-    def of(self, found: OwnLosses) -> Tensor:
-        """The score of each example."""
-        return found.lowered
+    return OwnLossMetric("gauss_newton", lambda found: found.lowered, curvature)
 
 
-@dataclass(frozen=True)
-class LeaveOneOut:
+def leave_one_out(curvature: GaussNewton = AT_THE_END) -> OwnLossMetric:
     """The loss that the model would have of an example that it had not been trained on: one Newton step on the loss of
     the others, in the metric of :class:`GaussNewton`, and the quadratic model of the example's own loss there.
 
     The step is g^T (A - C)^(-1) g rather than g^T A^(-1) g, C being the example's part of the curvature: where an
     example is what holds the weights in place (its leverage is large), leaving it out moves them further. For least
     squares and ridge regression the result is the leave-one-out loss exactly (tests).
-
-    Args:
-        curvature: which states are looked at, and how curvature is fitted.
     """
-
-    curvature: GaussNewton = AT_THE_END
-
-    name = "leave_one_out"
-
-    def of(self, found: OwnLosses) -> Tensor:
-        """The score of each example."""
-        return found.left_out
+    return OwnLossMetric("leave_one_out", lambda found: found.left_out, curvature)
 
 
 def own_losses(lineage: Lineage, stage: StageReader, examples: Examples, settings: GaussNewton) -> OwnLosses:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.examples import Examples
-from trainer_attrib.analysis.own_losses import LeaveOneOut, SelfGaussNewton, own_losses
+from trainer_attrib.analysis.own_losses import OwnLossMetric, leave_one_out, own_losses, self_gauss_newton
 from trainer_attrib.analysis.recipes.streamed import Rows, StreamedStage
 from trainer_attrib.analysis.recipes.trackstar import training_moments
 from trainer_attrib.analysis.results import Result
@@ -26,7 +26,7 @@ from trainer_attrib.report.blocks import Bar, Bars, Block, Grid, Notes
 from trainer_attrib.tap.plan import SketchPlan
 
 METRICS, DAMPING, SHOWN = ("fisher", "plain"), 0.1, 20
-GIVEN = {"gauss_newton": SelfGaussNewton(), "leave_one_out": LeaveOneOut()}
+GIVEN = {metric.name: metric for metric in (self_gauss_newton(), leave_one_out())}
 ODD = "a large self-influence is an odd example, not necessarily a wrong one: look at its loss too"
 BASELINE = "the loss beside it costs one forward pass and finds nearly as many wrong labels (docs/influence.md)"
 
@@ -140,7 +140,7 @@ def self_influence(stage: StageReader, metric: str, runner: Runner | None = None
 
 
 def given_self_influence(
-    lineage: Lineage, stage: StageReader, examples: Examples, metric: SelfGaussNewton | LeaveOneOut
+    lineage: Lineage, stage: StageReader, examples: Examples, metric: OwnLossMetric
 ) -> SelfInfluence:
     """Scores of given examples, all that a stage trained on, by the curvature of their losses.
 
