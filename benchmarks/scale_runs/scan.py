@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pandas  # noqa: F401  # half a second in which nothing is scanned: pyarrow imports it for its first array
 import torch
 from memory import peak
 from retrieval import question, raw, recorded

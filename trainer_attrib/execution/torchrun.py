@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from trainer_attrib.errors import ConfigurationError
 from trainer_attrib.execution.outcome import Outcome
+from trainer_attrib.execution.size import held_bytes
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -18,14 +19,16 @@ Answer = TypeVar("Answer")
 _LAUNCHED = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
 )  # fmt: skip
-_ROUND = 4  # tasks of each rank before ranks wait for each other
+_SHORT, _LONG = 4, 32  # tasks of each rank before ranks wait for each other
+_HELD = 16 << 20  # bytes of answers in one round, as far as they can be told from those of the round before
 
 
 class Torchrun:
     """Tasks dealt out to the ranks of a process group in turn.
 
     Every process runs the same script up to the same question. Answers travel through a group of their own on the CPU
-    (gloo), in rounds of a few tasks per rank, so that no more than these are held.
+    (gloo), in rounds of a few tasks per rank, so that no more than these are held: of more tasks where answers are
+    small, since ranks wait for the slowest of them at the end of each round.
 
     Raises:
         ConfigurationError: torchrun did not start this process.
@@ -49,11 +52,13 @@ class Torchrun:
         if self._inside:
             yield from map(work, tasks)
             return
-        for first in range(0, len(tasks), _ROUND * self.workers):
-            dealt = range(first, min(first + _ROUND * self.workers, len(tasks)))
+        first, each = 0, _SHORT
+        while first < len(tasks):
+            dealt = range(first, min(first + each * self.workers, len(tasks)))
             with self._alone():
                 mine = [Outcome.of(work, tasks[number]) for number in dealt[self._rank :: self.workers]]
             found = self._exchanged(mine)
+            first, each = dealt.stop, _next_round(found)  # the same on all ranks, as all have all answers
             for place in range(len(dealt)):
                 yield found[place % self.workers][place // self.workers].get()
 
@@ -78,3 +83,9 @@ class Torchrun:
         finally:
             self._inside = False
             os.environ.update(hidden)
+
+
+def _next_round(found: list[list[Outcome[Any]]]) -> int:
+    """How many tasks each rank is given next."""
+    largest = max(1, *(held_bytes(outcome.answer) for answers in found for outcome in answers))
+    return int(min(_LONG, max(_SHORT, _HELD // (largest * len(found)))))

@@ -78,14 +78,18 @@ class Part:
         self._norms_N = torch.from_numpy(np.array(self.table["norm"].to_numpy(), dtype=np.float32))
 
     def rows(self) -> Iterator[Rows]:
-        """Read the sketches, a few megabytes at a time: a whole part as float32 would go through memory twice.
+        """Read the sketches, a few megabytes at a time: a whole part as float32 would go through memory twice. They are
+        valid until the next are asked for, which are written over them.
 
         torch converts float16 with the processor's instructions for it, numpy value by value: 17 times slower.
         """
         step = max(64, CHUNK_BYTES // (4 * max(1, self._sketches.shape[1])))
+        room_NK = torch.empty(min(step, len(self._norms_N)), self._sketches.shape[1])  # taken once: pages are costly
         for number, chunk in enumerate(self._sketches.chunks(step)):
             span = slice(number * step, (number + 1) * step)
-            unit_NK, norms_N = torch.from_numpy(chunk).float(), self._norms_N[span]
+            unit_NK, norms_N = torch.from_numpy(chunk), self._norms_N[span]
+            if unit_NK.dtype != torch.float32:
+                unit_NK = room_NK[: len(chunk)].copy_(unit_NK)
             if self._keep is not None:
                 unit_NK, kept_N = unit_rows(unit_NK * self._keep)
                 norms_N = norms_N * kept_N
