@@ -62,6 +62,8 @@ def run(areas: list[str]) -> tuple[list[dict[str, Any]], int]:
         file = Path(folder) / "rows.json"
         options = [f"--support={','.join(areas)}", f"--support-json={file}", "-p", "no:cacheprovider"]
         done = subprocess.run([sys.executable, "-m", "pytest", "tests", *options], cwd=ROOT, check=False)
+        if done.returncode > 1:
+            raise SystemExit("pytest broke off: nothing is written")
         return json.loads(file.read_text()), done.returncode
 
 

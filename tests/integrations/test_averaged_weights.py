@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from tests.support import support
 from trainer_attrib import Analyzer, Behavior
 from trainer_attrib.analysis.effects.replay import Replay
 from trainer_attrib.capture.last_step import LastStep
@@ -23,6 +24,9 @@ from trainer_attrib.ledger.reader import Ledger
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*:UserWarning", "ignore:.*Starting from v1.9.0.*:UserWarning"
 )
+AREA = "Training loops"
+AVERAGES = "Lightning, WeightAveraging and EMAWeightAveraging: a stage ends with the averages"
+REPLAYED = "Lightning, WeightAveraging and EMAWeightAveraging: averaged again by replay and retrain"
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 ROWS, BATCH, EPOCHS = 20, 4, 2
 NOTE = "ended with other weights than its last step left"
@@ -111,6 +115,7 @@ def margins() -> Behavior:
     return Behavior.margin("margin", torch.stack([r["x"] for r in found]), torch.stack([r["labels"] for r in found]))
 
 
+@support(AREA, AVERAGES)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_stage_ends_with_the_averages_wherever_the_callback_stands(two_stages, package, first):
@@ -120,6 +125,7 @@ def test_a_stage_ends_with_the_averages_wherever_the_callback_stands(two_stages,
     assert analyzer.closure(programs).exact
 
 
+@support(AREA, REPLAYED)
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}])
 @pytest.mark.parametrize("kind", ["ema", "epochs"])
 @pytest.mark.parametrize("package", PACKAGES)
@@ -132,6 +138,7 @@ def test_a_replay_of_every_step_averages_as_training_did(two_stages, package, ki
     assert any(NOTE in caveat and "'two'" in caveat for caveat in found.caveats)
 
 
+@support(AREA, REPLAYED)
 def test_averages_make_a_difference_to_a_replay(two_stages):
     """Else the test above could not fail."""
     analyzer, programs = two_stages(PACKAGES[0])
@@ -143,6 +150,7 @@ def test_averages_make_a_difference_to_a_replay(two_stages):
     assert one != other
 
 
+@support(AREA, REPLAYED)
 def test_steps_that_a_larger_one_stands_for_are_averaged_too(two_stages):
     """Merged by two, an average has been made as often as by the recorded steps."""
     analyzer, programs = two_stages(PACKAGES[0])
@@ -190,6 +198,7 @@ def trained(folder: Path, stage: str, net: Net, *others: TrainerCallback, **sett
     return trainer
 
 
+@support(AREA, "Hugging Face Trainer, weights that a callback puts into the model when training ends")
 def test_a_callback_after_ours_may_change_the_weights_at_the_end(tmp_path):
     net = Net()
     trained(tmp_path, "one", net, Swap())
@@ -208,6 +217,7 @@ def test_a_train_that_goes_around_ours_closes_its_stage_too(tmp_path):
     assert not any(module._forward_hooks for module in trainer.model.modules())
 
 
+@support(AREA, "Hugging Face Trainer, load_best_model_at_end: a stage ends with the best checkpoint")
 def test_the_best_checkpoint_is_the_end_of_its_stage(tmp_path):
     """Best is the largest loss here, that of the first checkpoint."""
     net = Net()
