@@ -24,20 +24,23 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import report
 import torch
 from lds_runs import peers
 from lds_runs.contenders import DEFAULT, EARLY_TWO, ENSEMBLE, RANDOM, SHORT, SHORT_TWO, TESTBEDS, TFIDF, Testbed
 from lds_runs.testbed import PEER, Scored, Truth
 
-from trainer_attrib.evaluation.agreement import agreement
+from trainer_attrib.evaluation.agreement import Agreement, agreement
 from trainer_attrib.evaluation.datamodeling import datamodeling_score
+from trainer_attrib.evaluation.estimates import mean_of
 
 CEILING = "ceiling"
 COLUMNS = ("testbed", "kind", "method", "default", "models", "LDS", "±", "subsets", "of ceiling", "x training")
 QUICK_HALVES = 20
 BARS = {"digits sgdm": (0.67, 0.72), "digits adamw": (0.62, 0.70)}  # the best tuned peer; exact damped Gauss-Newton
 THREE_MODELS, LANGUAGE_MODEL, CHEAP = 0.74, 0.44, 0.6
+COMPARED = (DEFAULT, SHORT, EARLY_TWO, SHORT_TWO)
 SHARE = 0.65  # of the ceiling: 0.44 was measured where the ceiling was 0.68
 NOTES = (
     "LDS: ± standard error over queries; `subsets`: standard error from having drawn these subsets, which all methods "
@@ -76,15 +79,18 @@ def measured(
         if not any(fnmatch(testbed.name, pattern.strip()) for pattern in patterns.split(",")):
             continue
         truth = testbed.truth(cache, QUICK_HALVES if options.quick else None)
-        found, failures = [], []
+        found, per_query, failures = [], [], []
         for scored in _everything(testbed, pythons, cache):
             if scored.scores is None:
                 failures.append(f"{testbed.name}: {scored.name} failed: {scored.failed}")
             else:
-                found.append(row_of(testbed.name, scored, truth))
+                score = datamodeling_score(scored.scores, truth.masks, truth.values)
+                found.append(row_of(testbed.name, scored, score))
+                per_query.append(score.per_query)
                 print(f"  {testbed.name}: {scored.name} {found[-1]['LDS']:.3f} x{scored.ratio:.2f}", flush=True)
         rows += [ceiling_of(testbed.name, truth), *sorted(found, key=lambda row: (row["kind"], -row["LDS"]))]
-        notes += [f"{testbed.name}: recording takes {testbed.recording():.2f} of a plain training", *failures]
+        notes += [f"{testbed.name}: recording takes {testbed.recording():.2f} of a plain training"]
+        notes += [*beside_the_best_peer(found, per_query), *failures]
     return rows, notes
 
 
@@ -97,14 +103,25 @@ def _everything(testbed: Testbed, pythons: dict[str, Path], cache: Path) -> Iter
         print(f"  {testbed.name}: {peer} took {time.monotonic() - began:.0f} s", flush=True)
 
 
-def row_of(testbed: str, scored: Scored, truth: Truth) -> dict[str, Any]:
+def row_of(testbed: str, scored: Scored, score: Agreement) -> dict[str, Any]:
     """Of one method."""
-    assert scored.scores is not None
-    score = datamodeling_score(scored.scores, truth.masks, truth.values)
     estimate, share = score.mean, score.mean.value / (score.ceiling or float("nan"))
     found = (estimate.value, estimate.standard_error, score.subset_error, share, scored.ratio)
     named = (testbed, scored.kind, scored.name, scored.default, scored.models)
     return dict(zip(COLUMNS, (*named, *found), strict=True))
+
+
+def beside_the_best_peer(rows: list[dict[str, Any]], per_query: list[np.ndarray]) -> list[str]:
+    """How far one testbed's rows of ours with a bar are from its best peer, over the same queries [Q]."""
+    peers_here = [pair for pair in zip(rows, per_query, strict=True) if pair[0]["kind"] == PEER]
+    if not peers_here:
+        return []
+    best, theirs = max(peers_here, key=lambda pair: pair[0]["LDS"])
+    return [
+        f"{row['testbed']}: {row['method']} minus {best['method']}: {mean_of(own - theirs)}, paired by query"
+        for row, own in zip(rows, per_query, strict=True)
+        if row["method"] in COMPARED
+    ]
 
 
 def ceiling_of(testbed: str, truth: Truth) -> dict[str, Any]:
