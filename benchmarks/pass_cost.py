@@ -8,9 +8,7 @@ down slows both; median ratio and its standard error over all turns.
 from __future__ import annotations
 
 import os
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import report
 import torch
+from pass_work import ratios
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -94,24 +93,14 @@ def measured(model: nn.Module, examples: Examples, correction: str, rounds: int)
 
     batches = list(examples.batches())
     parts = [batches[part::PARTS] for part in range(PARTS)]
-    turns = [part for _ in range(rounds + 1) for part in parts]
-    taken = [(cpu(plain, part), cpu(rows, part), cpu(plain, part)) for part in turns][PARTS:]
-    ratios = [2 * mine / (before + after) for before, mine, after in taken]
-    again = [after / before for before, _, after in taken]
+    again, mine = ratios([(partial(plain, part), {"rows": partial(rows, part)}) for part in parts], rounds)
     return {
         "rows": correction,
-        "ratio": statistics.median(ratios),
-        "±": 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5,
-        "plain again": statistics.median(again),
+        "ratio": mine["ratio"],
+        "±": mine["±"],
+        "plain again": again["ratio"],
         "bytes per example": 2 * plan.width,
     }
-
-
-def cpu(work: Callable[[list[list[int]]], None], batches: list[list[int]]) -> float:
-    """CPU seconds of the process."""
-    began = time.process_time()
-    work(batches)
-    return time.process_time() - began
 
 
 def _with_bias(weight: Any, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from typing import Any
 import report
 import torch
 from overhead_work import RANK, small_gpt2
-from pass_work import Pass, batches, ratios, tokens
+from pass_work import Pass, batches, plain, ratios, tokens
 from torch import nn
 
 from trainer_attrib import Examples, SketchConfig
@@ -75,7 +75,7 @@ def main() -> None:
     passes = {name: our_pass(model, sketch) for name, sketch in OURS.items()}
     rows = [
         row | {"bound": BOUND if row["pass"] in OURS else 1.0, "numbers per row": passes.get(row["pass"], (None, 0))[1]}
-        for row in ratios(model, {name: work for name, (work, _) in passes.items()}, rounds)
+        for row in ratios([(plain(model), {name: work for name, (work, _) in passes.items()})], rounds)
     ]
     checks = {}
     if peer is not None:

@@ -45,17 +45,21 @@ def plain(model: nn.Module) -> Pass:
     return work
 
 
-def ratios(model: nn.Module, passes: Mapping[str, Pass], rounds: int) -> list[dict[str, Any]]:
+def ratios(turns: Sequence[tuple[Pass, Mapping[str, Pass]]], rounds: int) -> list[dict[str, Any]]:
     """CPU time of every pass over the mean of the plain ones before and after it; medians over the rounds, with their
-    standard error. The first round is not counted."""
-    plainly = plain(model)
-    found: dict[str, list[float]] = {name: [] for name in ("plain again", *passes)}
-    for _ in range(rounds + 1):
+    standard error. The first round is not counted.
+
+    Args:
+        turns: of every round: the plain pass over some examples, and the other passes over the same.
+        rounds: that are counted.
+    """
+    found: dict[str, list[float]] = {}
+    for plainly, passes in [*turns] * (rounds + 1):
         before = _cpu(plainly)
         for name, work in passes.items():
             mine, after = _cpu(work), _cpu(plainly)
-            found[name].append(2 * mine / (before + after))
-            found["plain again"].append(after / before)
+            found.setdefault("plain again", []).append(after / before)
+            found.setdefault(name, []).append(2 * mine / (before + after))
             before = after
     return [{"pass": name, **_summary(taken[len(taken) // (rounds + 1) :])} for name, taken in found.items()]
 

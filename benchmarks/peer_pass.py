@@ -22,7 +22,7 @@ from bergson import CollectorComputer, GradientProcessor, InMemoryCollector
 from bergson.config import IndexConfig
 from datasets import Dataset
 from overhead_work import RANK, small_gpt2
-from pass_work import batches, ratios, tokens
+from pass_work import batches, plain, ratios, tokens
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
             computer.run_with_collector_hooks()
             widths.add(sum(part[0].numel() for part in collector.gradients.values()))
 
-        found = ratios(small_gpt2().eval(), {"peer": rows}, rounds)
+        found = ratios([(plain(small_gpt2().eval()), {"peer": rows})], rounds)
     print(json.dumps({"version": metadata.version("bergson"), "rows": found, "numbers": widths.pop()}))
 
 
