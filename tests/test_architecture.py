@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trainer_attrib"
 SHELLS = ROOT / "integrations" / "trainer_attrib_integrations"
 FLOORS = {
-    "version": 0, "errors": 0, "types": 0, "progress": 0,
+    "version": 0, "errors": 0, "types": 0, "progress": 0, "lazy": 0,
     "numerics": 1, "execution": 1,
     "ledger": 2, "tap": 2, "report": 2,
     "capture": 3, "analysis": 3, "evaluation": 3,
@@ -191,3 +192,22 @@ def test_the_version_is_the_same_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == trainer_attrib.__version__
     assert f"## {trainer_attrib.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_whoever_records_with_a_callback_loads_no_analysis():
+    code = (
+        "import sys; from trainer_attrib.integrations.huggingface import AttributionCallback; "
+        "from trainer_attrib.integrations.lightning import AttributionCallback; "
+        "print([name for name in sys.modules if name.startswith('trainer_attrib.analysis')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("framework", ["huggingface", "lightning"])
+def test_names_imported_on_first_use_are_all_there(framework):
+    module = importlib.import_module(f"trainer_attrib.integrations.{framework}")
+    assert all(callable(getattr(module, name)) for name in module.__all__)
+    assert dir(module) == module.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'forecasts'"):
+        _ = module.forecasts

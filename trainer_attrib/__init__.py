@@ -5,9 +5,9 @@ Names are imported on first use: importing this package loads neither torch nor 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trainer_attrib.lazy import on_first_use
 from trainer_attrib.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trainer_attrib.types import Shadow as Shadow
     from trainer_attrib.types import SketchConfig as SketchConfig
 
-_HOME = {
+_HOMES = {
     "Analyzer": "trainer_attrib.analysis.analyzer",
     "Behavior": "trainer_attrib.analysis.behavior",
     "Examples": "trainer_attrib.analysis.examples",
@@ -40,6 +40,8 @@ _HOME = {
     "explore": "trainer_attrib.explorer.serving",
     "keep": "trainer_attrib.analysis.keeping",
 }
+
+__getattr__ = on_first_use(__name__, _HOMES)
 
 __all__ = [
     "Analyzer",
@@ -57,12 +59,6 @@ __all__ = [
     "explore",
     "keep",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'trainer_attrib' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
