@@ -127,7 +127,7 @@ def trainer_for(clock: StepClock, recording: TrainerCallback | None, steps: int,
 
 
 def keep_freed_memory() -> None:
-    """One heap for all threads that keeps what is freed: else the run of the main arena faults pages in each step.
+    """One heap for all threads that keeps what is freed: else some runs fault more pages in each step than others.
 
     Only where the C library is glibc. The numbers are those of its malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD.
     """
