@@ -4,9 +4,10 @@ Trainers train the same 4-layer GPT-2 of width 256 (vocabulary 4096, batch 8 x 1
 clipping, fused AdamW): plain, plain once more (the control: its ratio shows the noise), with raw rows, with
 AdamW-corrected rows. Each runs in a thread of its own and hands a baton to the next after every optimizer step, so that
 adjacent steps are compared and the machine's drift cancels. CPU time is that of the training thread; `with writer` is
-that of the whole process meanwhile. Medians over rounds, with a bootstrap standard error; the first are not counted,
-nor is what a stage's start and end cost. The FLOP bound counts the sketches' matrix products over those of the model's
-training step, attention included.
+that of the whole process meanwhile. All allocate from one heap that keeps what is freed, since page faults fell on some
+runs more than on others. Medians over rounds, with a bootstrap standard error; the first are not counted, nor is what a
+stage's start and end cost. A quick run above its gate is measured again in four times the steps. The FLOP bound counts
+the sketches' matrix products over those of the model's training step, attention included.
 
 Where the closest peer's environment is found (benchmarks/README.md), its callback records the same work right after,
 against plain runs of its own; it leaves out the head, the embeddings and all biases, so ours runs on its layers too.

@@ -125,3 +125,31 @@ def test_rows_of_a_step_that_is_not_told_of_are_named(tmp_path, monkeypatch):
         analyzer.influence([margins()], recipe="tracin")
     assert len(analyzer.influence([margins()], recipe="grad_cos").examples) == 48  # needs no learning rate
     assert Ledger(tmp_path / "ledger").stage("one").count("rows") == 48
+
+
+def test_chunks_of_half_precision_are_written_over_and_nobody_keeps_them(tmp_path, monkeypatch):
+    """Chunks of 64 rows share their memory, 200 rows at once do not: who keeps a chunk, or changes it, tells others."""
+    model = Classifier().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    sketch = SketchConfig(rank=4, correction="none")
+    with Recorder(tmp_path, stage="one", model=model, optimizer=optimizer, sketch=sketch) as recorder:
+        for step in range(4):
+            optimizer.zero_grad()
+            with recorder.batch([f"e{50 * step + row}" for row in range(50)], denominator=50):
+                F.cross_entropy(model(torch.randn(50, 6).double()), torch.arange(50) % 3).backward()
+            optimizer.step()
+    analyzer = Analyzer(tmp_path, model)
+    assert [part.entry["rows"] for part in analyzer.lineage[0].row_parts()] == [200]
+
+    def answers() -> dict[str, np.ndarray]:
+        recipes = ("trackstar", "fisher", "tracin", "grad_dot", "grad_cos")
+        scores = {recipe: analyzer.influence([margins()], recipe=recipe).scores for recipe in recipes}
+        own = {metric: analyzer.self_influence("one", metric=metric).to_table() for metric in ("fisher", "plain")}
+        return scores | {m: np.array([r["score"] for r in t.sort_by("example").to_pylist()]) for m, t in own.items()}
+
+    whole = answers()
+    monkeypatch.setattr("trainer_attrib.analysis.recipes.streamed.CHUNK_BYTES", 1)
+    for name, found in answers().items():
+        assert found.size >= 200
+        np.testing.assert_allclose(found, whole[name], rtol=1e-4, atol=1e-6 * np.abs(whole[name]).max(), err_msg=name)
