@@ -16,7 +16,6 @@ from trainer_attrib.numerics.update_rules import (
     AdamWState,
     SGDSettings,
     SGDState,
-    adam_drift,
     adamw_step,
     adamw_tangent,
     carried_into_merged,
@@ -238,25 +237,3 @@ def test_one_step_merged_with_none_is_itself() -> None:
     assert carried_into_merged(1, 0.9, averaged=True) == 1
     with pytest.raises(ValueError, match="dampening"):
         merged_sgd([0.1, 0.1], SGD["dampened"])
-
-
-def test_a_changed_gradient_moves_adam_as_its_means_say_and_never_out_of_bounds() -> None:
-    """Gradients m + s and m - s take turns; all are changed by r, from nothing to a hundred times their size."""
-    mean, spread = 0.3, 0.4  # v = 0.25, u = 0.6
-    change = torch.tensor([0.0, 1e-6, 0.2, -0.3, -0.6, 5.0, -50.0], dtype=torch.float64)
-    rule = AdamWSettings(learning_rate=1.0, weight_decay=0.0)
-    weight, steps = torch.zeros_like(change), 4000
-    state = AdamWState(weight, weight, weight)
-    for step in range(1, steps + 1):
-        weight = state.weight if step == steps - 1 else weight
-        state = adamw_step(state, mean + change + spread * (-1) ** step, rule, step)
-    moved = (weight - state.weight) / 2  # in one step, mean of two
-    speed, direction = torch.full_like(change, 2.0), torch.full_like(change, 0.6)
-    found = adam_drift(change, speed, direction)
-    torch.testing.assert_close(found, moved - 0.6, rtol=2e-3, atol=2e-3)
-    assert found[0] == 0
-    assert float(found[1]) == pytest.approx(1e-6 * 2 * (1 - 0.36), rel=1e-5)
-    assert (found + 0.6).abs().max() <= 1
-    one, none = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    assert torch.equal(adam_drift(torch.tensor([3.0, -0.9]).double(), one, one), none)  # a first step is the sign
-    assert torch.equal(adam_drift(one, none, 0.5 * one), none)  # no gradient was ever seen

@@ -28,7 +28,7 @@ class CarriedQueries:
 
     Raises:
         BehaviorError: a behavior has no gradient.
-        AnalysisError: a later stage cannot be passed through (``Propagate.check``).
+        AnalysisError: a later stage cannot be passed through (``Propagate.check_back``).
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class CarriedQueries:
         self._lineage = lineage
         wanted = {stage.name for stage in stages}
         earliest = next(stage for stage in lineage.stages if stage.name in wanted)
-        carry.check(lineage, earliest)
+        carry.check_back(lineage, earliest)
         places = {name: p.detach() for name, p in parameters_by_name(lineage.model).items()}
         self._carried: dict[str, list[Displacement]] = {name: [] for name in wanted}
         for behavior in behaviors:

@@ -20,10 +20,9 @@ from trainer_attrib.analysis.training_state import random_states_kept
 
 Tensors = Sequence[Tensor]
 """One tensor per parameter, in the parameters' shapes."""
-SETUP, PRODUCT, DIFFERENCE, CHANGE = 1.3, 1.3, 2.0, 2.0
+SETUP, PRODUCT, DIFFERENCE = 1.3, 1.3, 2.0
 """What the first product of a :class:`Curvature` costs beside the others, and what a product costs, in gradients of its
-batch (one thread, a transformer of 4 layers and a perceptron of 3); then a product by differences, and the change of a
-gradient."""
+batch (one thread, a transformer of 4 layers and a perceptron of 3); then a product by differences."""
 _Product = Callable[[Tensors], list[Tensor]]
 
 
@@ -52,23 +51,6 @@ class Curvature:
         self._model, self._losses, self._parameters, self._seed = model, losses, parameters, seed
         self._products: list[_Product] = []
         self.cost = 0.0
-
-    def change(self, vector: Tensors, clip: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """How the batch's gradient changes when the weights are moved by a vector, however far; ``cost`` counts it.
-
-        Args:
-            vector: by how much.
-            clip: is called with each of the two gradients in ``.grad``.
-        """
-        self.cost += CHANGE
-        self._products = []  # their graph holds on to weights that are moved for a moment
-        kept = [p.detach().clone() for p in self._parameters]
-        try:
-            with gradients_of(self._parameters):
-                there, here = (self._gradient_at(kept, vector, step, clip) for step in (1.0, 0.0))
-        finally:
-            self._stand(kept)
-        return [a - b for a, b in zip(there, here, strict=True)]
 
     def product(self, vector: Tensors) -> list[Tensor]:
         """Curvature times a vector; ``cost`` counts it."""
@@ -127,9 +109,7 @@ class Curvature:
             self._stand(kept)
         return [(plus - minus) / (2 * step) for plus, minus in zip(*sides, strict=True)]
 
-    def _gradient_at(
-        self, kept: Tensors, vector: Tensors, step: float, clip: Callable[[], None] = lambda: None
-    ) -> list[Tensor]:
+    def _gradient_at(self, kept: Tensors, vector: Tensors, step: float) -> list[Tensor]:
         self._stand([k + step * v.to(k.dtype) for k, v in zip(kept, vector, strict=True)])
         before = [p.grad for p in self._parameters]
         for parameter in self._parameters:
@@ -137,7 +117,6 @@ class Curvature:
         with self._twice_differentiable():
             for loss in self._losses:
                 loss().backward()  # and not autograd.grad, which recomputed activations refuse
-        clip()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         for parameter, gradient in zip(self._parameters, before, strict=True):
             parameter.grad = gradient

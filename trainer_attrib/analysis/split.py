@@ -79,7 +79,7 @@ def split(lineage: Lineage, stage: StageReader, method: Method, carry: Propagate
         AnalysisError: something is missing that the method needs.
     """
     method.check(lineage, stage)
-    carry.check(lineage, stage)
+    carry.check_back(lineage, stage)
     found = estimate(method, lineage, stage)
     return [
         _split(lineage, stage, behavior, carry, found.method or method.name, float(effects.mean()), float(bars.mean()))

@@ -99,23 +99,6 @@ class SGDState(NamedTuple):
     momentum: Tensor
 
 
-def adam_drift(change: Tensor, speed: Tensor, direction: Tensor) -> Tensor:
-    """How much further Adam moves, in units of the learning rate, where every gradient g becomes g + r.
-
-    With m = mean(g) and v = mean(g^2) over its memory Adam moves by u = m / sqrt(v) per learning rate. The same r in
-    all gradients makes that (m + r) / sqrt(v + 2 m r + r^2): at most 1 in size however large r is. To first order in r
-    the difference is r / sqrt(v) * (1 - u^2).
-
-    Args:
-        change: r, of any shape.
-        speed: 1 / sqrt(v), of the same shape; 0 where there never was a gradient, which then has no effect.
-        direction: u, from -1 to 1, of the same shape.
-    """
-    moved = direction + change * speed
-    root = (1 - direction.square() + moved.square()).clamp(min=0).sqrt()
-    return torch.where(root > 0, moved / root, 0.0) - direction
-
-
 def sgd_step(state: SGDState, gradient: Tensor, settings: SGDSettings, step: int) -> SGDState:
     """One update (Sutskever et al. 2013, equations 1 to 4, in torch's form: the learning rate scales the momentum).
 

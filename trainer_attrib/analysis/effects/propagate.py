@@ -9,11 +9,14 @@ from typing import Literal
 import torch
 
 from trainer_attrib.analysis.displacement import Displacement
+from trainer_attrib.analysis.effects.between_snapshots import BetweenSnapshots
 from trainer_attrib.analysis.effects.estimate import Estimate, differences, pooled
 from trainer_attrib.analysis.effects.lineage import Lineage, Values
-from trainer_attrib.analysis.effects.passage import Effort, Passage
+from trainer_attrib.analysis.effects.passage import Passage
+from trainer_attrib.analysis.effects.pieces import Effort
 from trainer_attrib.analysis.effects.pull import pull
 from trainer_attrib.analysis.effects.recorded import Subtract
+from trainer_attrib.analysis.effects.side_by_side import GRADIENTS, Displaced
 from trainer_attrib.analysis.effects.slopes import slopes_along
 from trainer_attrib.analysis.programs import check_programs
 from trainer_attrib.analysis.stepping import can_merge
@@ -31,36 +34,36 @@ ERROR_SCALE = 1.0
 class Propagate:
     """The weights without the stage, from its displacement and a few batches of each later stage.
 
-    Later stages pull a displacement back along the directions in which their loss is curved. Each is cut into pieces;
-    in each piece the displacement is pulled by the change that it makes to the gradient of one thinned batch, at
-    weights between the recorded snapshots: as far as Adam lets it, or with SGD decaying under that batch's Gauss-Newton
-    matrix (``passage.py``). What it costs does not grow with the length of a stage: about four gradients of a batch
-    with Adam, six with SGD. Good while later stages train gently (learning rates well below those of the stage); with
-    later learning rates like the stage's own it misleads, and ``replay`` is worth its price.
+    Each later stage is cut into pieces of one thinned batch, and its optimizer runs twice through them: on gradients at
+    the recorded weights, and at the recorded weights moved by the displacement; what the two are apart is carried on
+    (``side_by_side.py``). What it costs does not grow with the length of a stage: four gradients of a batch. Good while
+    later stages train gently (learning rates well below those of the stage); with later learning rates like the
+    stage's own it misleads, and ``replay`` is worth its price.
+
+    Gradients of behaviors are carried back by the linear flow of the Gauss-Newton matrix in the optimizer's metric
+    (``passage.py``).
 
     The error bar is a share of the effect and of its distance to ``subtract``, which leaves out what later stages did:
     the share by which they changed the displacement (``pull.py``). Where they turned it into another one, that is all
     of the effect and more.
 
     Args:
-        products: of the curvature with a vector, per piece, where curvature is used: with SGD, and to carry gradients
-            back.
-        batches: whole batches' worth of examples used of a later stage that SGD trained; twice as many of one that Adam
-            trained, whose pull takes no curvature.
+        products: of the curvature with a vector, per piece, to carry gradients back.
+        batches: whole batches' worth of examples used of a later stage.
         thin: a piece has one in so many of a batch's examples: a later stage has about ``batches * thin`` pieces.
         read_out: ``"moved weights"``, or ``"dot"``: behavior gradients at the final weights times the displacement.
     """
 
     products: int = 2
-    batches: float = 1.0
+    batches: float = 2.0
     thin: int = 4
     read_out: ReadOut = "moved weights"
 
     name = "propagate"
     instead = "method='replay'"
     caveat = (
-        "propagate sees a few batches of each later stage: it leaves out momentum carried from stage to stage and how "
-        "the noise of gradients would have changed, and misleads where later stages train as fast as the stage did"
+        "propagate sees a few batches of each later stage, and misleads where later stages train as fast as the stage "
+        "did"
     )
 
     def check(self, lineage: Lineage, stage: StageReader) -> None:
@@ -69,7 +72,7 @@ class Propagate:
         Raises:
             MissingProgramError: a later stage has no program.
             NotComparableError: a later stage trained weights that the model does not have, or by an optimizer whose
-                tangent is not known here, or its second moments are not recorded.
+                steps cannot be merged.
         """
         later = lineage.later(stage)
         check_programs(later, lineage.programs)
@@ -77,14 +80,20 @@ class Propagate:
         for one in later:
             _check_optimizer(one)
 
-    def price(self, lineage: Lineage, stage: StageReader) -> float:
-        """Products on all pieces of all later stages."""
-        before = set(stage.meta["trainable"])
-        total = 0.0
+    def check_back(self, lineage: Lineage, stage: StageReader) -> None:
+        """What carrying a gradient back to a stage's end needs: as :meth:`check`, and second moments that Adam had.
+
+        Raises:
+            MissingProgramError: a later stage has no program.
+            NotComparableError: as of :meth:`check`, or second moments are not recorded.
+        """
+        self.check(lineage, stage)
         for later in lineage.later(stage):
-            total += self._effort.price(later, driven=bool(before - set(later.meta["trainable"])))
-            before |= set(later.meta["trainable"])
-        return total
+            _check_moments(later)
+
+    def price(self, lineage: Lineage, stage: StageReader) -> float:
+        """Two gradients of every piece of all later stages."""
+        return GRADIENTS * sum(self._effort.worth(later) for later in lineage.later(stage))
 
     def estimate(self, lineage: Lineage, stage: StageReader) -> Estimate:
         """Read off at the final weights moved by the carried displacement.
@@ -101,13 +110,13 @@ class Propagate:
 
     def carry(self, lineage: Lineage, stage: StageReader) -> tuple[Displacement, float]:
         """The displacement of the final weights that leaving a stage out would leave, and what it cost."""
-        displacement = {name: -change for name, change in lineage.timeline.change(stage).items()}
-        cost = 0.0
+        removed = {name: -change for name, change in lineage.timeline.change(stage).items()}
+        displaced, cost = Displaced(removed, lineage.start(stage).optimizer), 0.0
         for later in lineage.later(stage):
             passage = Passage(lineage, later, self._effort)
-            displacement = passage.forward(displacement)
+            displaced = passage.forward(displaced)
             cost += passage.cost
-        return displacement, cost
+        return displaced.weights, cost
 
     def carry_back(self, lineage: Lineage, stage: StageReader, gradient: Displacement) -> Displacement:
         """A gradient with respect to the final weights -> with respect to those at a stage's end: the adjoint of
@@ -151,9 +160,12 @@ def _check_optimizer(stage: StageReader) -> None:
             cause="this is known for one optimizer: AdamW, Adam, or SGD without dampening.",
             fix="use method='replay', which runs the stage coarsely with its own optimizer, or method='retrain'.",
         )
-    if not optimizers[0]["class"].endswith(".SGD") and not any("moments" in s for s in stage.meta["snapshots"]):
+
+
+def _check_moments(stage: StageReader) -> None:
+    if BetweenSnapshots(stage).adaptive and not any("moments" in s for s in stage.meta["snapshots"]):
         raise NotComparableError(
             f"Stage '{stage.name}' has no recorded second moments, by which its optimizer scaled the gradients.",
             cause="its weights were sharded over several processes, or an earlier version recorded it.",
-            fix="use method='replay' or 'retrain'.",
+            fix="record the stage in one process, or ask for effects of whole stages, which need none.",
         )
