@@ -98,3 +98,38 @@ def test_what_cannot_be_told_apart_by_example_does_not_hide_what_is_behind_it(fl
     for row, example in zip(found, x, strict=True):
         w, b = torch.autograd.grad(model(example[None]).square().sum(), [model.body.weight, model.body.bias])
         close(row[body.span], torch.cat([w, b[:, None]], 1).flatten())
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle, self.head = nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.middle(self.embedding(tokens))))
+
+
+def test_a_weight_that_an_unwatched_layer_uses_as_well(float64, close):
+    """Only the head is in the plan: the middle is still the first layer, and the head has rows of its own use."""
+    model, tokens = Tied(), torch.arange(12).reshape(4, 3) % 7
+    whole = plan_sketch(model, SketchConfig(rank=4, seed=1, modules="middle,head"))
+    expected = torch.zeros(4, whole.width)
+    untied = Tied()
+    untied.load_state_dict(model.state_dict())
+    untied.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    projections = Projections(whole, model)
+    [middle, head] = sorted(whole.weights, key=lambda weight: "middle" not in weight.modules)
+    for row, example in enumerate(tokens):
+        untied.zero_grad()
+        untied(example[None]).square().sum().backward()
+        own = untied.middle.weight.grad, untied.middle.bias.grad
+        expected[row, middle.span] = projections.sketch(middle, *own).flatten()
+        expected[row, head.span] = projections.sketch(head, untied.head.weight.grad, None).flatten()
+    found, formed = asked(model, whole, 4, lambda: model(tokens).square().sum())
+    close(found, expected)
+    assert formed == ()
+    assert model.embedding.weight.requires_grad
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

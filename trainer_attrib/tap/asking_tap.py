@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class AskingTap(ModuleTap):
 
     Everything between these and the value is backpropagated then, and no weight's gradient is formed on the way: a
     third of the work of an ordinary backward pass. Weights that are not in the plan must be frozen, so that an input
-    with a gradient has it from a layer that is watched.
+    with a gradient has it from a layer that is watched; weights of the plan that a layer outside it uses as well (an
+    embedding tied to a watched head) are frozen while that layer runs.
     """
 
     _fronts: list[_Front]
@@ -45,6 +47,19 @@ class AskingTap(ModuleTap):
                 record.reached = True
                 with torch.no_grad(), full_precision(gradient.device.type):
                     front.add(gradient.reshape(front.shape))
+
+    def attach(self) -> AskingTap:
+        """See :meth:`ModuleTap.attach`."""
+        super().attach()
+        watched = {id(site.module) for site in self._sites}
+        planned = {id(p) for site in self._sites for p in site.module.parameters(recurse=False)}
+        for module in self._model.modules():
+            tied = [p for p in module.parameters(recurse=False) if id(p) in planned and p.requires_grad]
+            if tied and id(module) not in watched:
+                begin, end = (partial(_set_gradients, tied, needed) for needed in (False, True))
+                self._handles.append(module.register_forward_pre_hook(begin))
+                self._handles.append(module.register_forward_hook(end, always_call=True))  # also if it raises
+        return self
 
     def open(self, *args: object, **kwargs: object) -> Record:
         """See :meth:`ModuleTap.open`."""
@@ -63,6 +78,11 @@ class AskingTap(ModuleTap):
             super()._when_backward(output, record, add)
         else:
             self._front.add, self._front = add, None
+
+
+def _set_gradients(weights: Sequence[Tensor], needed: bool, *_: object) -> None:
+    for weight in weights:
+        weight.requires_grad_(needed)
 
 
 def _produced(output: Tensor) -> GradientEdge:

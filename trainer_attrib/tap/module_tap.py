@@ -52,6 +52,7 @@ class ModuleTap:
         record: type[Record] = Record,
     ) -> None:
         self.plan, self.projections, self._on_fault, self._record_type = plan, projections, on_fault, record
+        self._model = model
         self.record: Record | None = None
         self.loss_scale: Tensor | None = None  # of the backward pass that is running; 0-dim, on the device
         self.passes = BackwardPasses()
