@@ -141,6 +141,19 @@ def test_adam_is_closer_than_leaving_the_displacement_as_it_was(tmp_path, kind):
     assert missed(lineage, stage, Propagate(**WHOLE)) < 0.005 * simple  # recorded weights are interpolated
 
 
+def test_error_bars_are_small_where_the_few_batches_train_as_training_did(tmp_path):
+    loops = {s: regression(s, "adamw", 0.03 if s == "first" else 0.003, steps=40) for s in STAGES}
+    lineage = run(tmp_path / "run", loops)
+    bars = []
+    for batches in (4, 1000):
+        method = Propagate(batches=batches, thin=1)
+        found = method.estimate(lineage, lineage.stages[0])
+        bars.append(float(found.error_bars[0].norm() / found.effects[0].norm()))
+        assert bars[-1] > missed(lineage, lineage.stages[0], method)
+    assert bars[0] > 0.2
+    assert bars[1] < 0.01
+
+
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
 def test_a_long_stage_is_run_in_merged_steps(tmp_path, kind):
     """Of 130 steps, three are one."""
@@ -251,7 +264,7 @@ def test_forward_and_back_agree_for_small_steps_of_sgd(tmp_path):
         lineage = run(tmp_path / f"{lr}", loops)
         first, method = lineage.stages[0], Propagate(**{**WHOLE, "products": 20})
         gradient = next(iter(gradients(lineage.model, outputs(), dict(lineage.model.named_parameters()))))
-        change, (removal, _) = lineage.timeline.change(first), method.carry(lineage, first)
+        change, removal = lineage.timeline.change(first), method.carry(lineage, first).displacement
         forward, back = -inner(gradient, removal), inner(method.carry_back(lineage, first, gradient), change)
         errors[lr] = abs((forward - back) / (forward - inner(gradient, change)))
     assert errors[4e-3] < 0.05

@@ -25,7 +25,7 @@ from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.between_snapshots import BetweenSnapshots
 from trainer_attrib.analysis.effects.lineage import Lineage
 from trainer_attrib.analysis.effects.pieces import Effort, Piece, pieces_of
-from trainer_attrib.analysis.effects.side_by_side import Displaced, SideBySide
+from trainer_attrib.analysis.effects.side_by_side import Closure, Displaced, SideBySide
 from trainer_attrib.analysis.programs import steps_of
 from trainer_attrib.analysis.replaying import cannot_step, prepare
 from trainer_attrib.analysis.training_state import TrainingState, copy_model, put, random_states_kept, standing
@@ -37,6 +37,9 @@ from trainer_attrib.tap.names import parameters_by_name
 class Passage:
     """A later stage as a map of displacements, and the adjoint of its linear form, on a copy of the model.
 
+    ``cost`` says what it has cost so far, in gradients of a batch; ``closure`` how near to the recorded weights the
+    optimizer came that went forward from them.
+
     Raises:
         MissingProgramError: the stage's program does not say how it runs step by step.
         NotComparableError: the program gave no batch.
@@ -45,7 +48,7 @@ class Passage:
     def __init__(self, lineage: Lineage, stage: StageReader, effort: Effort) -> None:
         self._stage, self._effort, self._record = stage, effort, BetweenSnapshots(stage)
         self._start = lineage.start(stage)
-        self.cost = 0.0
+        self.cost, self.closure = 0.0, Closure(0.0, 0.0)
         with random_states_kept():
             self._model = copy_model(lineage.model)
             put(self._model, self._start)
@@ -62,6 +65,7 @@ class Passage:
         for piece in self._pieces:
             both.take(piece, self._record.weights(piece.middle))
         self.cost += both.cost
+        self.closure = both.closure(self._record.weights(self._stage.count("steps")))
         return both.displaced
 
     def backward(self, gradient: Displacement) -> Displacement:

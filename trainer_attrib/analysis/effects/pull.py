@@ -25,12 +25,12 @@ def pull(carried: Displacement, kept: Displacement) -> float:
     """
     none = torch.zeros(())
     changes = {name: carried.get(name, none) - kept.get(name, none) for name in {*carried, *kept}}
-    return _ratio(norm(changes), norm(kept))
+    return ratio(norm(changes), norm(kept))
 
 
 def reach(displacement: Displacement, weights: Mapping[str, Tensor]) -> float:
     """A displacement's norm relative to that of the weights that it moves; infinite where that is not finite."""
-    return _ratio(norm(displacement), norm({name: weights[name] for name in displacement}))
+    return ratio(norm(displacement), norm({name: weights[name] for name in displacement}))
 
 
 def norm(named: Mapping[str, Tensor]) -> float:
@@ -38,7 +38,8 @@ def norm(named: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(part.detach().double().square().sum()) for part in named.values()))
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """Infinite where it is not finite; 0 of nothing."""
     if part == 0.0:
         return 0.0
     return part / whole if math.isfinite(part) and whole > 0 else math.inf

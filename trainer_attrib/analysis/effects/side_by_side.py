@@ -11,6 +11,7 @@ With every step a piece of its own and whole batches it is retraining, but for r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from trainer_attrib.analysis.displacement import Displacement
 from trainer_attrib.analysis.effects.between_snapshots import BetweenSnapshots
 from trainer_attrib.analysis.effects.pieces import Piece, steps_at_once
+from trainer_attrib.analysis.effects.pull import norm, ratio
 from trainer_attrib.analysis.programs import Steps
 from trainer_attrib.analysis.replaying import carries, recorded_rows
 from trainer_attrib.analysis.stepping import CarriedState, Row, rebuild_optimizer, use_settings
@@ -42,6 +44,27 @@ class Displaced(NamedTuple):
 
     weights: Displacement
     optimizer: OptimizerState
+
+
+class Closure(NamedTuple):
+    """Whether a few batches move weights as training did, in norms over all weights.
+
+    Args:
+        missed: how far from the recorded weights they end.
+        moved: how far training moved them.
+    """
+
+    missed: float
+    moved: float
+
+    def then(self, later: Closure) -> Closure:
+        """Both stages together."""
+        return Closure(math.hypot(self.missed, later.missed), math.hypot(self.moved, later.moved))
+
+    @property
+    def share(self) -> float:
+        """What is missed of the movement; infinite where that is not finite."""
+        return ratio(self.missed, self.moved)
 
 
 class SideBySide:
@@ -76,6 +99,12 @@ class SideBySide:
         apart = {name: (there[name].double() - here[name].double()).cpu() for name in here}
         self._displacement = {**self._displacement, **apart}
         self.cost += GRADIENTS * piece.step.share
+
+    def closure(self, end: Named) -> Closure:
+        """How the optimizer at the recorded weights ends beside the recorded end of the stage."""
+        start = {name: self._places[name].detach() for name in end}
+        missed = norm({name: weight.to(end[name].device) - end[name] for name, weight in self._here.weights.items()})
+        return Closure(missed, norm({name: end[name] - start[name].to(end[name].device) for name in end}))
 
     @property
     def displaced(self) -> Displaced:
