@@ -24,7 +24,7 @@ from trainer_attrib.analysis.effects.retrain import Retrain
 from trainer_attrib.analysis.effects.side_by_side import Displaced
 from trainer_attrib.analysis.effects.slopes import gradients, inner
 from trainer_attrib.analysis.loops import Loop
-from trainer_attrib.analysis.programs import Step
+from trainer_attrib.analysis.programs import Losses, Step
 from trainer_attrib.errors import MissingProgramError, NotComparableError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -309,6 +309,12 @@ class Batches:
 
     def steps(self, thin=1):
         return (Step([number], 1 / thin) for number in itertools.count())
+
+
+def test_a_stage_without_a_step_has_no_piece_and_one_without_a_batch_is_an_error():
+    assert pieces_of(Recorded(0), Batches(), Effort(2, 2.0, 4)) == []
+    with pytest.raises(NotComparableError, match="'stage' gave no batch"):
+        pieces_of(Recorded(3), Losses([], nn.Linear(1, 1)), Effort(2, 2.0, 4))
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 60, WINDOWS, WINDOWS + 1, 1000, 12345])

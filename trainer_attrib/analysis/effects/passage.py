@@ -61,6 +61,8 @@ class Passage:
 
     def forward(self, displaced: Displaced) -> Displaced:
         """What is displaced at the stage's start -> at its end."""
+        if not self._pieces:
+            return displaced
         both = SideBySide(self._model, self._stage, self._steps, self._start.optimizer, displaced)
         for piece in self._pieces:
             both.take(piece, self._record.weights(piece.middle))

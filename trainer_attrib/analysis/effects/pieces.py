@@ -52,11 +52,11 @@ class Piece:
 
 def steps_at_once(stage: StageReader) -> int:
     """Recorded steps that are merged into one."""
-    return -(-stage.count("steps") // WINDOWS)
+    return max(-(-stage.count("steps") // WINDOWS), 1)
 
 
 def pieces_of(stage: StageReader, steps: Steps, effort: Effort) -> list[Piece]:
-    """As many pieces as the effort allows, each with the batch in its middle.
+    """As many pieces as the effort allows, each with the batch in its middle; none of a stage without a step.
 
     Raises:
         NotComparableError: the program gave no batch.
@@ -69,7 +69,7 @@ def pieces_of(stage: StageReader, steps: Steps, effort: Effort) -> list[Piece]:
         if number in wanted and spent + step.share <= limit:
             found.append(step)
             spent += step.share
-    if not found:
+    if not found and stage.count("steps"):
         raise NotComparableError(
             f"The program of stage '{stage.name}' gave no batch.",
             cause="its data are empty, or an iterator that was read before.",
