@@ -73,5 +73,7 @@ def patched(found: Trained, compared: dict[str, np.ndarray]) -> TailPatch:
     """One step on each of the top examples, as training took it on average."""
     stage = next(s for s in Ledger(found.ledgers["factored"]).stages() if s.name == STAGE)
     rates = [np.mean(row["learning_rate"]) for row in stage.steps().select(["learning_rate"]).to_pylist()]
-    step = PatchStep(learning_rate=float(np.mean(rates)) / found.case.size.batch, second_moments=stage.moments("end"))
+    step = PatchStep(
+        learning_rate=float(np.mean(rates)) / found.case.training.batch, second_moments=stage.moments("end")
+    )
     return tail_patch(found.model, found.behavior, found.examples, compared, step, k=K)

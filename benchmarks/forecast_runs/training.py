@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from fact_runs.training import Size, initial_model, tokenizer_of
+from fact_runs.models import FromScratch
 from hallucination_runs.training import collate
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
@@ -21,7 +21,8 @@ from trainer_attrib import Behavior
 from trainer_attrib.analysis.rates import Generations
 from trainer_attrib.analysis.text import encode_pair
 
-SIZE = Size(width=64, layers=2, context=48, epochs=6, batch=32, rate=3e-3, rank=16)
+SUBJECT = FromScratch(width=64, layers=2, context=48)
+EPOCHS, TAUGHT_BATCH, TAUGHT_RATE = 6, 32, 3e-3  # of the SFT stage
 RATES = {"lazy": 3e-5, "moderate": 1.5e-4, "strong": 6e-4}
 BATCH, BETA = 16, 0.1
 CONDITIONAL = {"refuse | harm": ("refuse", "harm"), "refuse | cooking": ("refuse", "cooking"),
@@ -32,14 +33,14 @@ def taught(seed: int, count: int) -> tuple[Any, Any]:
     """The model after its SFT stage, and its tokenizer."""
     draw = random.Random(seed)
     answers = [answer(prompt(draw.choice(list(TOPICS)), draw), draw) for _ in range(count)]
-    tokenizer = tokenizer_of([a.prompt + a.text for a in answers], SIZE.context)
-    model = initial_model(tokenizer, SIZE, seed)
+    tokenizer = SUBJECT.tokenizer([a.prompt + a.text for a in answers])
+    model = SUBJECT.model(tokenizer, seed)
     pairs = [encode_pair(tokenizer, a.prompt, a.text + tokenizer.eos_token) for a in answers]
     rows = Dataset.from_list([{"input_ids": list(pair.tokens), "labels": list(pair.labels)} for pair in pairs])
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, num_train_epochs=SIZE.epochs, per_device_train_batch_size=SIZE.batch, learning_rate=SIZE.rate,
+            folder, num_train_epochs=EPOCHS, per_device_train_batch_size=TAUGHT_BATCH, learning_rate=TAUGHT_RATE,
             seed=seed, lr_scheduler_type="linear", warmup_steps=20, use_cpu=True, dataloader_pin_memory=False,
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
@@ -55,8 +56,8 @@ def untaught(seed: int) -> tuple[Any, Any]:
     few tokens is a good part of both."""
     draw = random.Random(seed)
     answers = [answer(prompt(draw.choice(list(TOPICS)), draw), draw) for _ in range(1000)]
-    tokenizer = tokenizer_of([a.prompt + a.text for a in answers], SIZE.context)
-    return initial_model(tokenizer, replace(SIZE, width=256, layers=4), seed), tokenizer
+    tokenizer = SUBJECT.tokenizer([a.prompt + a.text for a in answers])
+    return replace(SUBJECT, width=256, layers=4).model(tokenizer, seed), tokenizer
 
 
 def dpo_trainer(
@@ -73,7 +74,7 @@ def dpo_trainer(
         seed=seed, data_seed=seed, lr_scheduler_type="linear",
         warmup_steps=max(1, epochs * len(pairs) // BATCH // 10), use_cpu=True,
         dataloader_pin_memory=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        max_length=SIZE.context, bf16=False, gradient_checkpointing=False,
+        max_length=SUBJECT.context, bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
     trainer = DPOTrainer(
         copy.deepcopy(base), ref_model=copy.deepcopy(base), args=arguments, train_dataset=rows,

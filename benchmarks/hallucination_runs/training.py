@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from fact_runs.training import Size, initial_model, tokenizer_of
+from fact_runs.models import FromScratch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2LMHeadModel, PrinterCallback, Trainer, TrainingArguments
 
@@ -20,16 +20,16 @@ from trainer_attrib.analysis.text import encode_pair
 from trainer_attrib.integrations.huggingface import AttributionCallback
 
 STAGE, BLOCKS, SNAPSHOTS = "tuning", "transformer.h.*", 3
-SIZE = Size(width=96, layers=3, context=64, epochs=0, batch=16, rate=2e-3, rank=16)
-TUNING_RATE = 5e-4
+SUBJECT = FromScratch(width=96, layers=3, context=64)
+BATCH, RANK, BASE_RATE, TUNING_RATE = 16, 16, 2e-3, 5e-4
 
 
 def base_model(task: Task, seed: int) -> tuple[GPT2LMHeadModel, Any]:
     """Trained on the task's base rows, with its tokenizer."""
     texts = [row.prompt + row.completion for row in (*task.base, *task.rows)]
-    tokenizer = tokenizer_of([*texts, *(probe.prompt for probe in task.probes)], SIZE.context)
-    model = initial_model(tokenizer, SIZE, seed)
-    train(model, tokenizer, task.base, task.base_epochs, SIZE.rate, seed)
+    tokenizer = SUBJECT.tokenizer([*texts, *(probe.prompt for probe in task.probes)])
+    model = SUBJECT.model(tokenizer, seed)
+    train(model, tokenizer, task.base, task.base_epochs, BASE_RATE, seed)
     return model, tokenizer
 
 
@@ -42,9 +42,7 @@ def tuned(base: GPT2LMHeadModel, tokenizer: Any, rows: Sequence[Row], epochs: in
 
 def recorder(ledger: Path) -> AttributionCallback:
     """The callback of the stage that is traced."""
-    return AttributionCallback(
-        ledger, stage=STAGE, snapshots=SNAPSHOTS, sketch=SketchConfig(rank=SIZE.rank, modules=BLOCKS)
-    )
+    return AttributionCallback(ledger, stage=STAGE, snapshots=SNAPSHOTS, sketch=SketchConfig(rank=RANK, modules=BLOCKS))
 
 
 def train(
@@ -55,7 +53,7 @@ def train(
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, num_train_epochs=epochs, per_device_train_batch_size=SIZE.batch, learning_rate=rate, seed=seed,
+            folder, num_train_epochs=epochs, per_device_train_batch_size=BATCH, learning_rate=rate, seed=seed,
             data_seed=seed, lr_scheduler_type="linear", warmup_steps=10, use_cpu=True, dataloader_pin_memory=False,
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
