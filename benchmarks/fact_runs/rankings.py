@@ -76,4 +76,4 @@ def patched(found: Trained, compared: dict[str, np.ndarray]) -> TailPatch:
     step = PatchStep(
         learning_rate=float(np.mean(rates)) / found.case.training.batch, second_moments=stage.moments("end")
     )
-    return tail_patch(found.model, found.behavior, found.examples, compared, step, k=K)
+    return tail_patch(found.model, found.behavior, found.examples, compared, step, k=K, together=False)

@@ -66,6 +66,17 @@ def test_a_linear_case_by_hand(world):
     assert str(found).splitlines()[0].startswith("ranking  one of top 3, change")
 
 
+def test_the_step_on_all_can_be_left_out(world):
+    made = world()
+    asked = made.behavior, made.data, {"exact": made.effects}, PatchStep(learning_rate=0.1)
+    both, alone = (tail_patch(made.model(), *asked, k=3, together=together) for together in (True, False))
+    assert alone.together == {}
+    for ranking in ("exact", "random"):
+        np.testing.assert_array_equal(alone.alone[ranking], both.alone[ranking])
+    assert "all 3 in one step" in str(both)
+    assert "all 3 in one step" not in str(alone)
+
+
 def test_an_adam_step_divides_by_the_root_of_the_second_moments(world):
     made = world()
     moments = {"weight": torch.rand(1, 20, dtype=torch.float64)}

@@ -56,7 +56,8 @@ class TailPatch:
 
     Attributes:
         alone: ranking -> float64 [Q, k], one step on each example alone.
-        together: ranking -> float64 [Q], one step on the mean loss of all k. ``random`` is the control in both.
+        together: ranking -> float64 [Q], one step on the mean loss of all k; empty if it was not asked for. ``random``
+            is the control in both.
         unit: of the behavior.
     """
 
@@ -77,13 +78,21 @@ class TailPatch:
         return mean_of(self.together[ranking])
 
     def __str__(self) -> str:
-        rows = [
-            (name, f"{self.score(name).value:+.3g} ± {self.score(name).standard_error:.2g}",
-             f"{self.score_together(name).value:+.3g} ± {self.score_together(name).standard_error:.2g}")
-            for name in self.alone
-        ]  # fmt: skip
         k = next(iter(self.alone.values())).shape[1]
-        return aligned(("ranking", f"one of top {k}, {self.unit or 'change'}", f"all {k} in one step"), rows)
+        columns = {f"one of top {k}, {self.unit or 'change'}": self.score}
+        if self.together:
+            columns[f"all {k} in one step"] = self.score_together
+        rows = [
+            (
+                name,
+                *(
+                    f"{found.value:+.3g} ± {found.standard_error:.2g}"
+                    for found in (of(name) for of in columns.values())
+                ),
+            )
+            for name in self.alone
+        ]
+        return aligned(("ranking", *columns), rows)
 
 
 def tail_patch(
@@ -95,6 +104,7 @@ def tail_patch(
     *,
     k: int = 10,
     seed: int = 0,
+    together: bool = True,
 ) -> TailPatch:
     """Take one step on the top examples of every query, measure that query, undo the step.
 
@@ -111,6 +121,7 @@ def tail_patch(
         step: the optimizer step, with the learning rate of the training.
         k: examples per query.
         seed: of the order among ties and of the random examples.
+        together: take one step on all k as well. Of a large model that is most of the work: every query has its own.
 
     Raises:
         EvaluationError: shapes do not fit, a score is not finite, a ranking is called ``random``, nothing of the model
@@ -125,20 +136,21 @@ def tail_patch(
         same_length(queries_of_the_scores=len(scores_QN), queries_of_the_behavior=len(behavior))
         same_length(examples_of_the_scores=scores_QN.shape[1], examples=len(examples))
         chosen[name] = top(scores_QN, k, seed)
-    measured = _measure(model, behavior, examples, step, _wanted(chosen.values()))
-    alone, together = {}, {}
+    measured = _measure(model, behavior, examples, step, _wanted(chosen.values(), together))
+    alone, all_k = {}, {}
     for name, best_QK in chosen.items():
         alone[name] = np.array([[measured[(int(i),), q] for i in best_K] for q, best_K in enumerate(best_QK)])
-        together[name] = np.array([measured[_patch(best_K), q] for q, best_K in enumerate(best_QK)])
-    return TailPatch(alone, together, behavior.unit)
+        if together:
+            all_k[name] = np.array([measured[_patch(best_K), q] for q, best_K in enumerate(best_QK)])
+    return TailPatch(alone, all_k, behavior.unit)
 
 
-def _wanted(chosen: Iterable[np.ndarray]) -> dict[_Patch, set[int]]:
+def _wanted(chosen: Iterable[np.ndarray], together: bool) -> dict[_Patch, set[int]]:
     """Every step that is needed, and the queries that are measured after it."""
     wanted: dict[_Patch, set[int]] = {}
     for best_QK in chosen:
         for query, best_K in enumerate(best_QK):
-            for patch in [*((int(i),) for i in best_K), _patch(best_K)]:
+            for patch in [*((int(i),) for i in best_K), *([_patch(best_K)] if together else [])]:
                 wanted.setdefault(patch, set()).add(query)
     return wanted
 
