@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,27 +80,28 @@ def country_facts(seed: int, quick: bool) -> Case:
     )
 
 
-def natural_questions(seed: int, quick: bool) -> Case:
+def natural_questions(name: str, passages: int, subject: Subject, training: Training, seed: int, quick: bool) -> Case:
     """BoolQ: people's questions, to which the one Wikipedia passage that each was asked about is relevant.
 
-    Every second passage carries its question, from which the model learns what a question is; questions about the
-    others are asked. Their words are people's own, not the passage's, so the model is one that has read before.
+    Every second passage carries its question, from which the model learns what a question is; 100 questions about the
+    others are asked. Their words are people's own, not always the passage's.
     """
-    rows = random.Random(seed).sample(boolq(), 40 if quick else 200)
+    rows = random.Random(seed).sample(boolq(), 40 if quick else passages)
     texts, asked = {}, []
     for number, (title, passage, question) in enumerate(rows):
         words = f"{title}: {passage}".split()[:PASSAGE]
         texts[f"boolq-{number:03}"] = " ".join(words) + (f"{QUESTION} {question}?" if number % 2 else "")
         asked += [] if number % 2 else [(number, f" {question}?")]
+    asked = asked[:100]
     return Case(
-        name="BoolQ",
+        name=name,
         texts=texts,
         prompts=[QUESTION] * len(asked),
         answers=[question for _, question in asked],
         relevant=np.array([[number == at for at in range(len(rows))] for number, _ in asked]),
         keywords=(),
-        subject=SmolLM2(layers=10),
-        training=Training(epochs=2, batch=8, rate=5e-5, warmup=5),
+        subject=subject,
+        training=training,
     )
 
 
@@ -131,4 +133,10 @@ class Maker:
     seeds: int = 100
 
 
-CASES = {"country facts": Maker(country_facts), "BoolQ": Maker(natural_questions, seeds=2)}
+_SCRATCH = FromScratch(width=96, layers=3, vocabulary=4000), Training(epochs=40, batch=16, rate=3e-3)
+_READ_BEFORE = SmolLM2(layers=10), Training(epochs=2, batch=8, rate=5e-5, warmup=5)
+CASES = {
+    "country facts": Maker(country_facts),
+    "BoolQ": Maker(partial(natural_questions, "BoolQ", 400, *_SCRATCH)),
+    "BoolQ (SmolLM2)": Maker(partial(natural_questions, "BoolQ (SmolLM2)", 200, *_READ_BEFORE), seeds=2),
+}
