@@ -1,4 +1,4 @@
-"""The stage's displacement carried through the later stages by their curvature, without running them again."""
+"""The stage's displacement carried through a few batches of each later stage, without running them again."""
 
 from __future__ import annotations
 
