@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,6 +178,19 @@ def test_a_carried_optimizer_goes_on_from_before_the_removed_stage(tmp_path, kin
     assert missed(lineage, stage, Subtract()) > 0.02  # as with the recorded state instead
 
 
+def test_gradients_are_clipped_as_training_clips_them(tmp_path):
+    """With SGD, which a clipped gradient moves less; without clipping the estimate is another one."""
+    settings = {"max_norm": 0.1, "accumulate": 2}
+    looped = Looped("SGD", scales={"second": 0.3, "third": 0.3}, settings=settings)
+    analyzer = looped.analyzer(tmp_path, network(dropout=0, norm=False))
+    stage, found = analyzer.ledger.stage("first"), []
+    for programs in (looped.programs, replace(looped, settings={"accumulate": 2}).programs):
+        lineage = analyzer._view([margins()], programs)
+        found.append(torch.cat(Propagate(**WHOLE).estimate(lineage, stage).effects))
+    assert missed(analyzer._view([margins()], looped.programs), stage, Propagate(**WHOLE)) < 2e-3
+    assert (found[1] - found[0]).norm() > 0.02 * found[0].norm()
+
+
 def effects_of(run, method, behavior):
     result = Analyzer(run.ledger, run.model).stage_effects([behavior], method, run.loops)
     return {s: torch.tensor([r.effect for r in result.rows if r.stage == s]) for s in STAGES}
@@ -207,7 +221,7 @@ def test_a_classifier_s_gentle_later_stages(tmp_path, kind):
         assert missed(lineage, stage, Propagate(**WHOLE)) < 0.5 * missed(lineage, stage, Subtract())
 
 
-def dense(lineage: Lineage, stage, kind: str) -> torch.Tensor:
+def dense(lineage: Lineage, stage) -> torch.Tensor:
     """The linear map of a stage entry by entry: product over its steps of K^1/2 exp(-P A) K^1/2, [P, P]."""
     names = sorted(lineage.timeline.change(lineage.stages[0]))
     model, record = copy.deepcopy(lineage.model), BetweenSnapshots(stage)
@@ -219,7 +233,7 @@ def dense(lineage: Lineage, stage, kind: str) -> torch.Tensor:
         return torch.cat([part.reshape(-1) for part in parts])
 
     whole = torch.eye(sum(shape.numel() for shape in shapes))
-    [steps] = [lineage.programs[stage.name](model)]
+    steps = lineage.programs[stage.name](model)
     for number, step in zip(range(stage.count("steps")), steps.steps(1), strict=False):
         span = number, number + 1
         P, K, added = (
@@ -245,13 +259,12 @@ def hessian(model, loss, names) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["momentum", "adamw", "adam"])
 def test_carrying_back_is_the_adjoint_of_the_linear_map(tmp_path, kind, trained):
     """Entry by entry, also through weights that later stages froze."""
-    rates = {"first": 0.01, "second": 0.01, "third": 0.01}
-    loops = {s: regression(s, kind, rates[s], trained="" if s == "first" else trained) for s in STAGES}
+    loops = {s: regression(s, kind, 0.01, trained="" if s == "first" else trained) for s in STAGES}
     lineage = run(tmp_path / "run", loops)
     first = lineage.stages[0]
     gradient = next(iter(gradients(lineage.model, outputs(), dict(lineage.model.named_parameters()))))
     back = Propagate(products=20, batches=1000, thin=1).carry_back(lineage, first, gradient)
-    maps = [dense(lineage, later, kind) for later in lineage.later(first)]
+    maps = [dense(lineage, later) for later in lineage.later(first)]
     torch.testing.assert_close(flat(back), maps[0].T @ maps[1].T @ flat(gradient), rtol=1e-8, atol=1e-12)
     assert (flat(back) - flat(gradient)).norm() > 1e-3 * flat(gradient).norm()
 
