@@ -28,6 +28,7 @@ import numpy as np
 import report
 import torch
 from lds_runs import peers
+from lds_runs.chargpt_model import WARMUP
 from lds_runs.contenders import DEFAULT, EARLY_TWO, ENSEMBLE, RANDOM, SHORT, SHORT_TWO, TESTBEDS, TFIDF, Testbed
 from lds_runs.testbed import PEER, Scored, Truth
 
@@ -145,15 +146,15 @@ def checks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         checks[f"{testbed}: {DEFAULT}, stretch"] = report.check(found, stretch, most=False)
         checks[f"{testbed}: {ENSEMBLE}"] = report.check(three, THREE_MODELS, most=False)
         checks |= _above_peers(rows, testbed, DEFAULT)
-    if ("chargpt", SHORT) in by_name:
-        one = by_name["chargpt", SHORT]
+    for testbed in (name for name in WARMUP if (name, SHORT) in by_name):
+        one = by_name[testbed, SHORT]
         for name in (SHORT, EARLY_TWO, SHORT_TWO):
-            checks[f"chargpt: {name}"] = report.check(by_name["chargpt", name]["LDS"], LANGUAGE_MODEL, most=False)
-        checks[f"chargpt: {SHORT}, of ceiling"] = report.check(one["of ceiling"], SHARE, most=False)
+            checks[f"{testbed}: {name}"] = report.check(by_name[testbed, name]["LDS"], LANGUAGE_MODEL, most=False)
+        checks[f"{testbed}: {SHORT}, of ceiling"] = report.check(one["of ceiling"], SHARE, most=False)
         for name in (SHORT, EARLY_TWO):
-            checks[f"chargpt: {name}, x training"] = report.check(by_name["chargpt", name]["x training"], CHEAP)
-        checks[f"chargpt: {SHORT} minus {TFIDF}"] = _positive(one["LDS"] - by_name["chargpt", TFIDF]["LDS"])
-        checks |= _above_peers(rows, "chargpt", SHORT)
+            checks[f"{testbed}: {name}, x training"] = report.check(by_name[testbed, name]["x training"], CHEAP)
+        checks[f"{testbed}: {SHORT} minus {TFIDF}"] = _positive(one["LDS"] - by_name[testbed, TFIDF]["LDS"])
+        checks |= _above_peers(rows, testbed, SHORT)
     return checks
 
 

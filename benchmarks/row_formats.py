@@ -35,7 +35,7 @@ from trainer_attrib.types import ROW_DTYPES
 RECIPES, BEST, HALVES = ("grad_cos", "trackstar"), 10, 100
 TESTBEDS: dict[str, Callable[[Path], Trained]] = {
     "digits adamw": lambda cache: digits.trained("adamw", 0, cache, dtype="float32"),
-    "chargpt": lambda cache: chargpt.trained(0, cache, dtype="float32"),
+    "chargpt": lambda cache: chargpt.trained("chargpt", 0, cache, dtype="float32"),
 }
 
 

@@ -1,8 +1,8 @@
 """A character-level GPT (2 layers of width 64) on 1024 windows of prose, asked about 64 others.
 
-AdamW 3e-3, weight decay 0.01, cosine schedule, batches of 32 for 12 epochs. The recorded training is transformers'
-Trainer; retrainings are the same steps in a plain loop. The behavior of a query is the mean log-probability of its
-next characters. Truth: 48 random halves, two independent trainings of each.
+AdamW 3e-3, weight decay 0.01, cosine schedule, batches of 32 for 12 epochs, with and without a warm-up. The recorded
+training is transformers' Trainer; retrainings are the same steps in a plain loop. The behavior of a query is the mean
+log-probability of its next characters. Truth: 48 random halves, two independent trainings of each.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lds_runs import prose
-from lds_runs.chargpt_model import BATCH, DECAY, EPOCHS, RATE, CharGPT, losses, optimizing, train
+from lds_runs.chargpt_model import BATCH, DECAY, EPOCHS, RATE, WARMUP, CharGPT, losses, optimizing, train
 from lds_runs.testbed import RANK, SNAPSHOTS, STAGE, Trained, Truth, kept, restore, subsets
 from trainer_attrib import Behavior, Examples, Ledger, SketchConfig
 
-CONFIG = "chargpt"
 HALVES, REPEATS = 48, 2
 
 
@@ -39,11 +38,11 @@ def model(seed: int) -> CharGPT:
         return CharGPT(len(prose.alphabet()), prose.WINDOW)
 
 
-def train_plainly(seed: int, rows: np.ndarray | None = None) -> nn.Module:
+def train_plainly(config: str, seed: int, rows: np.ndarray | None = None) -> nn.Module:
     """A training on these windows, all by default, without a recording."""
     windows = prose.codes()[0]
     net = model(seed)
-    train(net, windows if rows is None else windows[torch.from_numpy(rows)], seed)
+    train(net, windows if rows is None else windows[torch.from_numpy(rows)], seed, config)
     return net.eval()
 
 
@@ -58,34 +57,34 @@ def examples(run: Trained) -> Examples:
     return Examples(list(run.train[0]), _losses, ids=run.ids, fisher=_drawn, batch_size=64)
 
 
-def trained(seed: int, cache: Path, dtype: str = "float16") -> Trained:
+def trained(config: str, seed: int, cache: Path, dtype: str = "float16") -> Trained:
     """The recorded training, run unless the folder holds it."""
-    ledger, net = cache / f"{CONFIG}-{seed}-{prose.fingerprint()}", model(seed)
+    ledger, net = cache / f"{config}-{seed}-{prose.fingerprint()}", model(seed)
     if not (ledger / "done").exists():
-        _trainer(net, seed, ledger, dtype).train()
+        _trainer(net, config, seed, ledger, dtype).train()
         (ledger / "done").touch()
     train, test = prose.codes()
     weights = Ledger(ledger).stage(STAGE).snapshot("end")
-    return Trained(CONFIG, seed, restore(net, weights), ledger, ids(), (train,), (test,), losses, behavior())
+    return Trained(config, seed, restore(net, weights), ledger, ids(), (train,), (test,), losses, behavior())
 
 
-def ground_truth(cache: Path, halves: int = HALVES) -> Truth:
+def ground_truth(config: str, cache: Path, halves: int = HALVES) -> Truth:
     """Behavior of the queries after training on halves; values [halves, 2, 64]."""
-    deciding = [prose.fingerprint(), BATCH, EPOCHS, RATE, DECAY, HALVES, REPEATS, halves]
-    return kept(cache, f"{CONFIG}-half", deciding, lambda: _halves(halves))
+    deciding = [prose.fingerprint(), BATCH, EPOCHS, RATE, DECAY, WARMUP[config], HALVES, REPEATS, halves]
+    return kept(cache, f"{config}-half", deciding, lambda: _halves(config, halves))
 
 
-def _halves(count: int) -> Truth:
+def _halves(config: str, count: int) -> Truth:
     masks = subsets(count, len(prose.codes()[0]), 0.5, seed=1)
     asked, values = behavior(), np.zeros((count, REPEATS, len(prose.codes()[1])), np.float32)
     for repeat in range(REPEATS):
         for subset, mask in enumerate(masks):
-            net = train_plainly(1_000_000 + 1000 * subset + repeat, np.flatnonzero(mask))
+            net = train_plainly(config, 1_000_000 + 1000 * subset + repeat, np.flatnonzero(mask))
             values[subset, repeat] = asked.values(net).numpy()
     return Truth(masks, values)
 
 
-def _trainer(net: nn.Module, seed: int, ledger: Path, dtype: str) -> Any:
+def _trainer(net: nn.Module, config: str, seed: int, ledger: Path, dtype: str) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
@@ -103,7 +102,7 @@ def _trainer(net: nn.Module, seed: int, ledger: Path, dtype: str) -> Any:
     callback = AttributionCallback(ledger, stage=STAGE, sketch=sketch, snapshots=SNAPSHOTS, strict=True)
     trainer = Trainer(
         model=net, args=arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[callback],
-        optimizers=optimizing(net, EPOCHS * (len(codes) // BATCH)),
+        optimizers=optimizing(net, EPOCHS * (len(codes) // BATCH), config),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lds_runs import chargpt, digits, digits_truth, prose
 from lds_runs.adapters.task import CHARGPT, DIGITS, timed
+from lds_runs.chargpt_model import WARMUP
 from lds_runs.testbed import CONTROL, GIVEN, RECORDED, STAGE, Scored, Trained, Truth
 from trainer_attrib import Analyzer, Examples
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
@@ -143,15 +144,13 @@ def _digits(config: str) -> Testbed:
     )
 
 
-TESTBEDS = (
-    _digits("sgdm"),
-    _digits("adamw"),
-    Testbed(
-        "chargpt",
+def _chargpt(config: str) -> Testbed:
+    return Testbed(
+        config,
         CHARGPT,
-        chargpt.trained,
-        chargpt.train_plainly,
-        lambda cache, halves: chargpt.ground_truth(cache, halves or chargpt.HALVES),
+        lambda seed, cache: chargpt.trained(config, seed, cache),
+        lambda seed: chargpt.train_plainly(config, seed),
+        lambda cache, halves: chargpt.ground_truth(config, cache, halves or chargpt.HALVES),
         chargpt.examples,
         (
             Ours(DEFAULT, "gauss_newton"),
@@ -161,5 +160,7 @@ TESTBEDS = (
         ),
         ensemble=3,
         times=1,
-    ),
-)
+    )
+
+
+TESTBEDS = (_digits("sgdm"), _digits("adamw"), *map(_chargpt, WARMUP))

@@ -11,6 +11,7 @@ from tests.analysis.stages import Classifier, margins, stage_data, three_stages
 from tests.analysis.test_influence import gradient
 from trainer_attrib import Analyzer, Examples
 from trainer_attrib.analysis.effects.between_snapshots import BetweenSnapshots
+from trainer_attrib.analysis.recipes import gauss_newton
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
 from trainer_attrib.analysis.training_state import standing
 from trainer_attrib.errors import ConfigurationError, MissingDataError
@@ -214,3 +215,14 @@ def test_a_block_that_nothing_reached_answers_nothing():
 def test_examples_that_cannot_be_told_apart_are_refused(columns):
     with pytest.raises(ConfigurationError, match="Examples got 2 items"):
         Examples.of_classes(torch.zeros(2, 6), [0, 1], **columns)
+
+
+def test_turning_the_queries_back_gives_the_scores_of_turned_rows(tmp_path, monkeypatch):
+    run, behavior = three_stages(tmp_path / "run", stages=("first",)), margins(count=3)
+    analyzer, found = Analyzer(run.ledger, run.model), {}
+    for longer in (0, 100):  # rows are never, always whole gradients
+        monkeypatch.setattr(gauss_newton, "_LONGER", longer)
+        recipe = GaussNewton(rank=5)  # of up to 9: coordinates are left out
+        found[longer] = analyzer.influence([behavior], recipe=recipe, data={"first": examples()}).scores
+    assert found[0].std() > 0
+    np.testing.assert_allclose(found[0], found[100], rtol=1e-5, atol=1e-9)

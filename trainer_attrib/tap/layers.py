@@ -22,13 +22,15 @@ class Pair:
     """Both projections of one weight, left [K_l, R] and right [K_r, C], bias included.
 
     ``sides`` are the same without the bias column, contiguous because a slice makes every matrix product slower, and
-    ``bias`` [K] is that column (None without a bias).
+    ``bias`` [K] is that column (None without a bias). ``diagonals`` [K] are all there is of projections that keep an
+    axis as it is, but for a scale; None for others.
     """
 
     left: Tensor
     right: Tensor
     sides: tuple[Tensor, Tensor]
     bias: Tensor | None
+    diagonals: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 FactorsOf = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -88,12 +90,18 @@ class LayerRule:
     def watch(self, module: nn.Module, x: Tensor, pair: Pair, bias: Tensor | None) -> FactorsOf:
         """Project the input now: holding it would defeat checkpointing."""
         of_input, of_output = pair.sides[self.input_axis], pair.sides[1 - self.input_axis]
-        input_BSK = _three_axes(self.project_input(module, x, of_input, bias))
+        scale_of_input, scale_of_output = pair.diagonals[self.input_axis], pair.diagonals[1 - self.input_axis]
+        if scale_of_input is not None and self.project_input is _project_dense:
+            input_BSK = _three_axes(_scale_dense(x, scale_of_input, bias))
+        else:
+            input_BSK = _three_axes(self.project_input(module, x, of_input, bias))
 
         def factors_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
             if self.channels != -1:
                 gradient = gradient.movedim(self.channels, -1)
-            output_BSK = _three_axes(F.linear(gradient.to(of_output.dtype), of_output))
+            gradient = gradient.to(of_output.dtype)
+            projected = F.linear(gradient, of_output) if scale_of_output is None else gradient * scale_of_output
+            output_BSK = _three_axes(projected)
             return (input_BSK, output_BSK) if self.input_axis == 0 else (output_BSK, input_BSK)
 
         return factors_of
@@ -188,6 +196,16 @@ def qualified(layer: type) -> str:
 
 def _project_dense(module: nn.Module, x: Tensor, projection_KD: Tensor, bias_K: Tensor | None) -> Tensor:
     return F.linear(x.to(projection_KD.dtype), projection_KD, bias_K)
+
+
+def _scale_dense(x: Tensor, diagonal_K: Tensor, bias_K: Tensor | None) -> Tensor:
+    """The same by a diagonal matrix, whose last row is the bias's where there is one: no matrix product is needed."""
+    width = x.shape[-1]
+    scaled = x.to(diagonal_K.dtype) * diagonal_K[:width]
+    if len(diagonal_K) == width:
+        return scaled
+    last = scaled.new_zeros(1) if bias_K is None else bias_K[-1:]
+    return torch.cat([scaled, last.expand(*scaled.shape[:-1], 1)], -1)
 
 
 def _project_lookup(module: nn.Module, x: Tensor, projection_KD: Tensor, bias_K: Tensor | None) -> Tensor:

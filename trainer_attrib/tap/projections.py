@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Projections:
     @property
     def nbytes(self) -> int:
         """Memory held: at most 2K numbers per row and column of each weight, never rows times columns."""
-        pairs = [[pair.left, pair.right, *pair.sides, pair.bias] for pair in self._pairs.values()]
+        pairs = [[p.left, p.right, *p.sides, p.bias, *p.diagonals] for p in self._pairs.values()]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for p in pairs for t in p if t is not None}
         return sum(held.values())
 
@@ -63,7 +63,8 @@ class Projections:
             rows_R, columns_C = factors[weight.name]
             row_scale_R, column_scale_C = inverse_root(rows_R.double().cpu(), columns_C.double().cpu())
             left, right = left * (row_scale_R * self.unit), right * column_scale_C
-        return _with_bias(weight, left.to(self._like[weight.name]), right.to(self._like[weight.name]))
+        like, kept = self._like[weight.name], (weight.rows <= self.plan.rank, weight.columns <= self.plan.rank)
+        return _pair_of(weight, left.to(like), right.to(like), kept)
 
     def rotated(self, plan: SketchPlan, turns: Mapping[str, tuple[Tensor, Tensor]]) -> Projections:
         """The same followed by one more matrix on each side of every weight, left [k_l, K_l] and right [k_r, K_r].
@@ -74,7 +75,7 @@ class Projections:
         """
         changed = copy.copy(self)
         changed.plan, pairs = plan, [(w, self._pairs[w.name], *turns[w.name]) for w in plan.weights]
-        changed._pairs = {w.name: _with_bias(w, left @ p.left, right @ p.right) for w, p, left, right in pairs}
+        changed._pairs = {w.name: _pair_of(w, left @ p.left, right @ p.right) for w, p, left, right in pairs}
         return changed
 
     def scaled(self, scales: Mapping[str, tuple[Tensor, Tensor]]) -> Projections:
@@ -85,8 +86,19 @@ class Projections:
         """
         changed = copy.copy(self)
         pairs = [(w, self._pairs[w.name], *scales[w.name]) for w in self.plan.weights]
-        changed._pairs = {w.name: _with_bias(w, p.left * a.to(p.left), p.right * b.to(p.right)) for w, p, a, b in pairs}
+        changed._pairs = {
+            w.name: _pair_of(w, p.left * a.to(p.left), p.right * b.to(p.right), [d is not None for d in p.diagonals])
+            for w, p, a, b in pairs
+        }
         return changed
+
+    def pulled_back(self, vectors_QK: Tensor) -> Tensor:
+        """Vectors whose products with whole gradients, [Q, sum of R * C], are those of vectors with projected ones."""
+        found = []
+        for weight in self.plan.weights:
+            pair, block_QKK = self._pairs[weight.name], vectors_QK[:, weight.span].unflatten(1, (weight.left, -1))
+            found.append((pair.left.T @ block_QKK @ pair.right).flatten(1))
+        return torch.cat(found, 1)
 
     def sketch(self, weight: WeightPlan, tensor: Tensor, bias: Tensor | None) -> Tensor:
         """Sketch of a tensor shaped like the weight (the weight itself, its gradient), [K_l, K_r].
@@ -109,13 +121,19 @@ class Projections:
         return add_bias(sketch, part.local.to(other.dtype), weight.bias_axis, other, pair.bias)
 
 
-def _with_bias(weight: WeightPlan, left: Tensor, right: Tensor) -> Pair:
+def _pair_of(weight: WeightPlan, left: Tensor, right: Tensor, kept: Sequence[bool] = (False, False)) -> Pair:
+    """Both projections of a weight; ``kept`` are those that are diagonal."""
+    diagonals = _diagonal(left, kept[0]), _diagonal(right, kept[1])
     if not weight.bias:
-        return Pair(left, right, (left, right), None)
+        return Pair(left, right, (left, right), None, diagonals)
     extended = (left, right)[weight.bias_axis]
     main = extended[:, :-1].contiguous()
     sides = (main, right) if weight.bias_axis == 0 else (left, main)
-    return Pair(left, right, sides, extended[:, -1].contiguous())
+    return Pair(left, right, sides, extended[:, -1].contiguous(), diagonals)
+
+
+def _diagonal(side_KD: Tensor, kept: bool) -> Tensor | None:
+    return side_KD.diagonal().contiguous() if kept else None
 
 
 def of_shard(left_KR: Tensor, part: Shard, entries: int) -> Tensor:

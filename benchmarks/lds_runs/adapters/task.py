@@ -86,7 +86,7 @@ class Task:
             optimizer = digits_model.CONFIGS[self.config].optimizer(net.parameters())
             digits_model.train(net, optimizer, self.train, self.seed, lambda rows: nullcontext())
         else:
-            chargpt_model.train(net, self.train[0], self.seed)
+            chargpt_model.train(net, self.train[0], self.seed, self.config)
 
     def _new(self) -> nn.Module:
         if self.testbed == DIGITS:

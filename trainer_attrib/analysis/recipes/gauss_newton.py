@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer_attrib.analysis.behavior import Behavior
 from trainer_attrib.analysis.examples import Examples
@@ -33,6 +33,8 @@ UNKNOWN_STEPS = (
     "stage '{stage}': its optimizer's steps are not known here, so that curvature is damped by a tenth of its mean "
     "instead of by how far training went"
 )
+
+_LONGER = 1.25  # whole gradients may be so many times longer than rows
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class GaussNewton:
                     fit.add(record.sketches)
             damping = 1 + metric.decay if metric else None
             answers_QK = fit.respond(queries_QK, min(chosen, len(examples)), damping) / -len(examples)
+        projections, answers_QK = cheapest(projections, answers_QK, model)
+        with GradientRows(model, projections).opened() as rows:
             for positions in progress(examples.batches(), "scoring"):
                 found_QB = answers_QK @ rows.of_losses(examples, positions).T
                 scores_QN[:, positions] = found_QB.float().cpu().numpy()
@@ -127,6 +131,19 @@ class GaussNewton:
         start = start.scaled(metric.roots) if metric else start
         batches = examples.drawn(self.basis, generator)
         return captured_basis(model, start, plan.of_rank(self.rank), examples, batches, generator)
+
+
+def cheapest(projections: Projections, vectors_QK: Tensor, model: nn.Module) -> tuple[Projections, Tensor]:
+    """Projections of rows, and vectors to multiply them with: the same products for less work.
+
+    Turning every token's factors is more work than the backward pass that they come from. Where nearly all coordinates
+    are kept, it is the few vectors that are turned back, and rows are whole gradients.
+    """
+    plan = projections.plan
+    whole = plan.of_rank(max(max(weight.rows, weight.columns) for weight in plan.weights))
+    if whole.width > _LONGER * plan.width:
+        return projections, vectors_QK
+    return Projections(whole, model), projections.pulled_back(vectors_QK)
 
 
 def scored_weights(model: nn.Module, stage: StageReader) -> SketchPlan:
