@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -135,8 +135,10 @@ class Maker:
 
 _SCRATCH = FromScratch(width=96, layers=3, vocabulary=4000), Training(epochs=40, batch=16, rate=3e-3)
 _READ_BEFORE = SmolLM2(layers=10), Training(epochs=2, batch=8, rate=5e-5, warmup=5)
+_FINER = _READ_BEFORE[0], replace(_READ_BEFORE[1], rank=32)  # rows of 71,680 numbers; the paper's have 65,536
 CASES = {
     "country facts": Maker(country_facts),
     "BoolQ": Maker(partial(natural_questions, "BoolQ", 400, *_SCRATCH)),
     "BoolQ (SmolLM2)": Maker(partial(natural_questions, "BoolQ (SmolLM2)", 200, *_READ_BEFORE), seeds=2),
+    "BoolQ (SmolLM2) rank 32": Maker(partial(natural_questions, "BoolQ (SmolLM2) rank 32", 200, *_FINER), seeds=2),
 }
