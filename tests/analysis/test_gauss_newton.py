@@ -15,7 +15,7 @@ from trainer_attrib.analysis.recipes import gauss_newton
 from trainer_attrib.analysis.recipes.gauss_newton import GaussNewton
 from trainer_attrib.analysis.training_state import standing
 from trainer_attrib.errors import ConfigurationError, MissingDataError
-from trainer_attrib.numerics.curvature_fit import FIRST, FLATTENED, CurvatureFit
+from trainer_attrib.numerics.curvature_fit import FIRST, FLATTENED, CurvatureFit, fit_whole
 from trainer_attrib.numerics.second_moment import append_bias, factor, inverse_root
 
 SPANS = (slice(0, 56), slice(56, 83))  # of the classifier's two layers, biases included
@@ -226,3 +226,24 @@ def test_turning_the_queries_back_gives_the_scores_of_turned_rows(tmp_path, monk
         found[longer] = analyzer.influence([behavior], recipe=recipe, data={"first": examples()}).scores
     assert found[0].std() > 0
     np.testing.assert_allclose(found[0], found[100], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("whole", "rank"), [(True, 3), (False, 5)])
+def test_more_coordinates_are_kept_where_their_curvature_is_not_a_whole_matrix(tmp_path, monkeypatch, whole, rank):
+    monkeypatch.setattr(gauss_newton, "_NARROW", 3)
+    monkeypatch.setattr(gauss_newton, "_WIDE", 5)
+    monkeypatch.setattr(gauss_newton, "fit_whole", lambda sizes, bytes_each: whole)
+    run, behavior = three_stages(tmp_path / "run", stages=("first",)), margins(count=2)
+    analyzer = Analyzer(run.ledger, run.model)
+    found = {
+        r: analyzer.influence([behavior], recipe=GaussNewton(rank=r), data={"first": examples()}).scores
+        for r in (None, 3, 5)
+    }
+    np.testing.assert_array_equal(found[None], found[rank])
+    assert np.abs(found[3] - found[5]).max() > 1e-3 * np.abs(found[5]).max()
+
+
+def test_what_fits_whole():
+    assert fit_whole([1024] * 9, 4)
+    assert not fit_whole([4096] * 9, 4)
+    assert not fit_whole([1024] * 9, 4, room=1 << 20)

@@ -14,6 +14,11 @@ curvature's own mixes large eigenvalues into small ones, which then need less (d
 FIRST = 64  # rows that say which columns have the largest curvature
 
 
+def fit_whole(sizes: Sequence[int], bytes_each: int, room: int = WHOLE) -> bool:
+    """Whether matrices of blocks of so many columns fit into memory."""
+    return sum(size**2 for size in sizes) * bytes_each <= room
+
+
 class CurvatureFit:
     """One matrix per block of columns. Blocks are whole where they fit into memory; else their diagonals are kept,
     which is all where the coordinates are the curvature's eigenvectors (George et al. 2018, "EK-FAC"). That they
@@ -36,7 +41,7 @@ class CurvatureFit:
         flattened: float = FLATTENED,
     ) -> None:
         self.spans, self.flattened, sizes = list(spans), flattened, [span.stop - span.start for span in spans]
-        self.whole = sum(size**2 for size in sizes) * like.element_size() <= room
+        self.whole = fit_whole(sizes, like.element_size(), room)
         self._sums = [like.new_zeros(size, size) if self.whole else like.new_zeros(size) for size in sizes]
         self._leading = None if self.whole or not leading else _Leading(self.spans, leading)
 

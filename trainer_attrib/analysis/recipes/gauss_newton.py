@@ -23,7 +23,7 @@ from trainer_attrib.analysis.recipes.recipe import Question, StageScores, descri
 from trainer_attrib.analysis.recipes.training_metric import TrainingMetric, training_metric
 from trainer_attrib.analysis.training_state import standing
 from trainer_attrib.ledger.reader import StageReader
-from trainer_attrib.numerics.curvature_fit import CurvatureFit
+from trainer_attrib.numerics.curvature_fit import CurvatureFit, fit_whole
 from trainer_attrib.progress import progress
 from trainer_attrib.tap.names import modules_by_name
 from trainer_attrib.tap.plan import SketchPlan
@@ -34,6 +34,7 @@ UNKNOWN_STEPS = (
     "instead of by how far training went"
 )
 
+_WIDE, _NARROW = 64, 32
 _LONGER = 1.25  # whole gradients may be so many times longer than rows
 
 
@@ -48,7 +49,8 @@ class GaussNewton:
 
     Args:
         snapshots: names of recorded states; None: all that the stage recorded after its start.
-        rank: coordinates kept on each side of a weight.
+        rank: coordinates kept on each side of a weight. None: 64, but 32 where the curvature of 64 would be kept as
+            whole matrices, which costs many times as much and gains next to nothing (docs/log.md).
         wide: coordinates on each side among which they are looked for; longer sides are projected at random first.
         basis: how many examples the coordinates are fitted to.
         sample: how many examples curvature is fitted to.
@@ -59,7 +61,7 @@ class GaussNewton:
     """
 
     snapshots: tuple[str, ...] | None = None
-    rank: int = 32
+    rank: int | None = None
     wide: int = 1024
     basis: int = 512
     sample: int = 4096
@@ -130,7 +132,14 @@ class GaussNewton:
         start = Projections(plan.of_rank(self.wide), model)
         start = start.scaled(metric.roots) if metric else start
         batches = examples.drawn(self.basis, generator)
-        return captured_basis(model, start, plan.of_rank(self.rank), examples, batches, generator)
+        return captured_basis(model, start, self._of_rank(plan, start), examples, batches, generator)
+
+    def _of_rank(self, plan: SketchPlan, like: Projections) -> SketchPlan:
+        if self.rank is not None:
+            return plan.of_rank(self.rank)
+        wide = plan.of_rank(_WIDE)
+        bytes_each = like[plan.weights[0].name].left.element_size()
+        return plan.of_rank(_NARROW) if fit_whole([w.size for w in wide.weights], bytes_each) else wide
 
 
 def cheapest(projections: Projections, vectors_QK: Tensor, model: nn.Module) -> tuple[Projections, Tensor]:
