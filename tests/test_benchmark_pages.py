@@ -79,7 +79,7 @@ QUOTED = {  # in docs/faq.md: (result, what the row is, column)
     "0.270": ("influence_lds", {"testbed": "chargpt", "method": "tf-idf of characters"}, "LDS"),
     "0.160": ("influence_lds", {"testbed": "chargpt", "method": "grad_cos, recorded rows"}, "LDS"),
     "0.422": ("influence_lds", {"testbed": "chargpt", "method": "gauss_newton, rank 256, 2 states"}, "LDS"),
-    "0.50": ("influence_lds", {"testbed": "chargpt", "method": "gauss_newton, rank 256, 2 states"}, "x training"),
+    "0.52": ("influence_lds", {"testbed": "chargpt", "method": "gauss_newton, rank 256, 2 states"}, "x training"),
     "1.5": ("influence_lds", {"testbed": "chargpt", "method": "gauss_newton, default"}, "x training"),
     "0.53": ("shadow_overhead", {"run": "thin=4"}, "for the shadow"),
     "0.86": ("pass_cost", {"model": "language model", "rows": "factored"}, "ratio"),
