@@ -74,10 +74,8 @@ def optimizing(
     model: nn.Module, steps: int, config: str
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Optimizer and schedule of a training of so many steps: a line upwards, if any, and a cosine downwards."""
-    optimizer, rising = (
-        torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY),
-        round(WARMUP[config] * steps),
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
+    rising = round(WARMUP[config] * steps)
 
     def factor(t: int) -> float:
         return (t + 1) / rising if t < rising else 0.5 * (1 + math.cos(math.pi * (t - rising) / (steps - rising)))
