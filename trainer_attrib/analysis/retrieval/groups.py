@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainer_attrib.report.blocks import Grid
 
@@ -102,8 +103,9 @@ def _totals(at_N: np.ndarray, values_QN: np.ndarray, labels: int) -> np.ndarray:
     """Sums by label, float64 [Q, labels], without sorting the rows. Infinity times zero reaches other labels: then the
     product is not taken."""
     if labels <= FEW:
-        with np.errstate(invalid="ignore"):
-            sums = values_QN.astype(np.float64, copy=False) @ np.eye(labels)[at_N]
+        # By torch: numpy's product wakes threads of its own on every core, which then wait busily beside torch's.
+        values = torch.from_numpy(values_QN.astype(np.float64, copy=False))
+        sums = (values @ torch.eye(labels, dtype=torch.float64)[torch.from_numpy(at_N)]).numpy()
         if np.isfinite(sums).all():
             return sums
     return np.array([np.bincount(at_N, row, labels) for row in values_QN]).reshape(len(values_QN), labels)
