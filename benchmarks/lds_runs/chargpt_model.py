@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 LAYERS, WIDTH, HEADS = 2, 64, 4
 BATCH, EPOCHS, RATE, DECAY = 32, 12, 3e-3, 0.01
-# Share of the steps in which the learning rate rises. At its full rate from the start, a training leaves the plateau of
-# frequent characters after a number of steps that is luck, and trainings on one half of the data agree less.
+# Share of the steps in which the learning rate rises. At its full rate from the start it is more a matter of luck how
+# well a training goes at all, and trainings on one half of the data agree less (docs/log.md).
 WARMUP = {"chargpt": 0.0, "chargpt warmed up": 0.1}
 
 

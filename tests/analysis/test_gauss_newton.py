@@ -230,8 +230,8 @@ def test_turning_the_queries_back_gives_the_scores_of_turned_rows(tmp_path, monk
 
 @pytest.mark.parametrize(("whole", "rank"), [(True, 3), (False, 5)])
 def test_more_coordinates_are_kept_where_their_curvature_is_not_a_whole_matrix(tmp_path, monkeypatch, whole, rank):
-    monkeypatch.setattr(gauss_newton, "_NARROW", 3)
-    monkeypatch.setattr(gauss_newton, "_WIDE", 5)
+    monkeypatch.setattr(gauss_newton, "_RANK_OF_WHOLE", 3)
+    monkeypatch.setattr(gauss_newton, "_RANK", 5)
     monkeypatch.setattr(gauss_newton, "fit_whole", lambda sizes, bytes_each: whole)
     run, behavior = three_stages(tmp_path / "run", stages=("first",)), margins(count=2)
     analyzer = Analyzer(run.ledger, run.model)

@@ -34,7 +34,7 @@ UNKNOWN_STEPS = (
     "instead of by how far training went"
 )
 
-_WIDE, _NARROW = 64, 32
+_RANK, _RANK_OF_WHOLE = 64, 32  # coordinates kept unless said otherwise, and where curvature would be whole matrices
 _LONGER = 1.25  # whole gradients may be so many times longer than rows
 
 
@@ -137,9 +137,9 @@ class GaussNewton:
     def _of_rank(self, plan: SketchPlan, like: Projections) -> SketchPlan:
         if self.rank is not None:
             return plan.of_rank(self.rank)
-        wide = plan.of_rank(_WIDE)
-        bytes_each = like[plan.weights[0].name].left.element_size()
-        return plan.of_rank(_NARROW) if fit_whole([w.size for w in wide.weights], bytes_each) else wide
+        usual, bytes_each = plan.of_rank(_RANK), like[plan.weights[0].name].left.element_size()
+        whole = fit_whole([weight.size for weight in usual.weights], bytes_each)
+        return plan.of_rank(_RANK_OF_WHOLE) if whole else usual
 
 
 def cheapest(projections: Projections, vectors_QK: Tensor, model: nn.Module) -> tuple[Projections, Tensor]:
