@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +51,10 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
 K = 10
 
 
-def rankings(found: Trained) -> dict[str, np.ndarray]:
-    """Scores [Q, N] of every ranking, examples in the order of the case's texts."""
-    return lexical(found.case) | {name: scores(found, *how) for name, how in RECIPES.items()}
+def rankings(found: Trained, known: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """Scores [Q, N] of every ranking but the known ones, examples in the order of the case's texts."""
+    words = {name: told for name, told in lexical(found.case).items() if name not in known}
+    return words | {name: scores(found, *how) for name, how in RECIPES.items() if name not in known}
 
 
 def lexical(case: Case) -> dict[str, np.ndarray]:

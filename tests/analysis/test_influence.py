@@ -64,8 +64,8 @@ def test_scores_with_curvature_equal_their_dense_definition_without_projection(t
             slack = 0.1 * moment.diagonal().mean() * torch.eye(len(moment)).double()
             expected = expected - q @ torch.linalg.solve(moment + slack, g.T)
         else:
-            visits, unit = g.repeat(4, 1), F.normalize(queries, dim=1)[:, span]  # every example was visited 4 times
-            blocks.append((shared(unit), shrunk_moment(visits)))
+            unit = F.normalize(queries, dim=1)[:, span]
+            blocks.append((shared(unit), shrunk_moment(g)))  # of which four equal visits tell as much as one
     if blocks:
         asked, trained = (sum(block.trace() for block in side) for side in zip(*blocks, strict=True))
         whitened = []

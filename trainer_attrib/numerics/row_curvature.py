@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from trainer_attrib.numerics.repeated_rows import RepeatedRows
+
 
 class SecondMoments:
     """Running sums of r r^T over rows r, one block of columns at a time, in float64; and of r and |r|^4, which tell
@@ -21,10 +23,13 @@ class SecondMoments:
         self.sums = [torch.zeros(s.stop - s.start, s.stop - s.start, dtype=torch.float64) for s in spans]
         self._totals = [torch.zeros(s.stop - s.start, dtype=torch.float64) for s in spans]
         self._fourth = torch.zeros(len(self.spans), dtype=torch.float64)
+        self._repeated = RepeatedRows(self.spans)
 
-    def add(self, rows_NK: Tensor) -> None:
-        """Take in rows, with their norms."""
+    def add(self, rows_NK: Tensor, examples: Sequence[str] | None = None) -> None:
+        """Take in rows, with their norms, and what they are of, [N]; None: each of an example of its own."""
         self.rows += len(rows_NK)
+        if examples is not None:
+            self._repeated.add(examples, rows_NK)
         for number, (total_KK, span) in enumerate(zip(self.sums, self.spans, strict=True)):
             block_NK = rows_NK[:, span].float()
             total_KK += (block_NK.T @ block_NK).double()
@@ -35,6 +40,7 @@ class SecondMoments:
         """Take in the rows that another has taken in."""
         self.rows += other.rows
         self._fourth += other._fourth
+        self._repeated.merge(other._repeated)
         for mine, theirs in ((self.sums, other.sums), (self._totals, other._totals)):
             for own, added in zip(mine, theirs, strict=True):
                 own += added
@@ -58,16 +64,18 @@ class SecondMoments:
         """Which share of each mean's departure from a multiple of the identity is noise, from 0 (known exactly) to 1
         (nothing is known): that by which it is to be shrunk towards the identity for the smallest expected squared
         error (Ledoit & Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices", equation
-        14, for a known mean of 0). It is told by all rows, since the first ones of a training are unlike the others."""
+        14, for a known mean of 0). It is told by all rows, since the first ones of a training are unlike the others;
+        rows of one example count as so many as they differ."""
+        means = self.means()
         return [
-            _noise(m, float(fourth) / max(1, self.rows), self.rows)
-            for m, fourth in zip(self.means(), self._fourth, strict=True)
+            _noise(m, float(fourth) / max(1, self.rows), self.rows / effect)
+            for m, fourth, effect in zip(means, self._fourth, self._repeated.effects(means), strict=True)
         ]
 
 
-def _noise(moment_KK: Tensor, fourth: float, rows: int) -> float:
+def _noise(moment_KK: Tensor, fourth: float, rows: float) -> float:
     departure = float((moment_KK - shrunk(moment_KK, 1.0)).square().sum())
-    if rows < 2 or departure <= 0:
+    if rows <= 1 or departure <= 0:
         return 1.0
     error = (fourth - float(moment_KK.square().sum())) / (rows - 1)  # squared standard error of the mean
     return min(1.0, max(0.0, error / departure))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -112,8 +113,9 @@ class AccumulatePart:
         """They do not depend on how many rows there are."""
         moments = SecondMoments(self.spans)
         for part in parts:
+            examples = iter(part.table["example"].to_pylist())
             for rows in part.rows():
-                moments.add(rows.unit * rows.norms[:, None])
+                moments.add(rows.unit * rows.norms[:, None], list(islice(examples, len(rows.norms))))
         return moments, max((part.version for part in parts), default=0)
 
 
