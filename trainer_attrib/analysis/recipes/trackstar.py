@@ -57,7 +57,7 @@ class TrackStar:
     def prepare(self, stage: StreamedStage, sketch: Callable[[int], Tensor]) -> Score:
         """Fit R in one stream over the rows."""
         spans = SketchPlan.from_dict(stage.reader.meta["plan"]).row_spans
-        train, last = training_moments(stage, spans)
+        train, last = training_moments(stage, spans, by_example=True)
         task = SecondMoments(spans)
         task.add(unit_rows(sketch(last))[0])  # queries count alike, whatever their gradient's norm
         roots = [inverse_root(moment_KK) for moment_KK in self.curvature(task, train)]
@@ -90,10 +90,12 @@ class TrackStar:
         return [weight * a_KK + (1 - weight) * t_KK for a_KK, t_KK in zip(asked, trained, strict=True)]
 
 
-def training_moments(stage: StreamedStage, spans: list[slice]) -> tuple[SecondMoments, int]:
-    """Second moments of the rows, and the last second-moment version among them."""
+def training_moments(
+    stage: StreamedStage, spans: list[slice], *, by_example: bool = False
+) -> tuple[SecondMoments, int]:
+    """Second moments of the rows, and the last second-moment version among them; see :class:`AccumulatePart`."""
     moments, last = SecondMoments(spans), 0
-    for found, version in stage.map(AccumulatePart(spans), "curvature of", large=True):
+    for found, version in stage.map(AccumulatePart(spans, by_example), "curvature of", large=True):
         moments.merge(found)
         last = max(last, version)
     return moments, last
@@ -105,17 +107,20 @@ class AccumulatePart:
 
     Args:
         spans: the columns of each block.
+        by_example: whether rows of one example are told from those of others, which only their noise depends on.
     """
 
     spans: Sequence[slice]
+    by_example: bool
 
     def __call__(self, _: Comparable, parts: Sequence[Part], __: int) -> tuple[SecondMoments, int]:
         """They do not depend on how many rows there are."""
         moments = SecondMoments(self.spans)
         for part in parts:
-            examples = iter(part.table["example"].to_pylist())
+            examples = iter(part.table["example"].to_pylist() if self.by_example else ())
             for rows in part.rows():
-                moments.add(rows.unit * rows.norms[:, None], list(islice(examples, len(rows.norms))))
+                whose = list(islice(examples, len(rows.norms))) if self.by_example else None
+                moments.add(rows.unit * rows.norms[:, None], whose)
         return moments, max((part.version for part in parts), default=0)
 
 
